@@ -1,0 +1,53 @@
+"""Prefilter fine-tuning data with For-Value (arXiv 2508.10180): forward-only data valuation for LLMs and VLMs."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .callback import ForValueCallback, prefilter
+    from .policies import Drop, Keep, Reweight, Threshold
+    from .scorer import ForValueConfig, ForValueScorer
+    from .scores import ForValueScores
+    from .tiny import TINY_MODEL
+    from .transform import ForValueTransform
+
+__version__ = "0.1.0"
+
+# Imported when first asked for, so that `forvalue_callbacks.core` needs torch alone.
+_HOME = {
+    "TINY_MODEL": "tiny",
+    "Drop": "policies",
+    "ForValueCallback": "callback",
+    "ForValueConfig": "scorer",
+    "ForValueScorer": "scorer",
+    "ForValueScores": "scores",
+    "ForValueTransform": "transform",
+    "Keep": "policies",
+    "Reweight": "policies",
+    "Threshold": "policies",
+    "prefilter": "callback",
+}
+
+__all__ = [
+    "TINY_MODEL",
+    "Drop",
+    "ForValueCallback",
+    "ForValueConfig",
+    "ForValueScorer",
+    "ForValueScores",
+    "ForValueTransform",
+    "Keep",
+    "Reweight",
+    "Threshold",
+    "prefilter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,300 @@
+"""The equations of For-Value (arXiv 2508.10180) on plain tensors, streamed over blocks of the vocabulary.
+
+Imports torch and nothing else of the stack. Every function is the exact full-vocabulary value of the naive code in its
+docstring; none of them allocates tokens x vocabulary, nor vocabulary x hidden per row.
+
+Shapes      V vocabulary, D hidden size, C one block of the vocabulary, T labelled positions of some rows, N rows
+Symbols     W (V, D) unembedding, h_t (D) input of the head at position t, y_t the token predicted there
+            f_t = transform(W h_t + b) logits, p_t = softmax(f_t)
+            e_t = df_t/d(W h_t) * (onehot(y_t) - p_t)            prediction error (paper: e_{y} - pi)
+            G   = sum_t e_t h_t^T = d/dW sum_t log p_t(y_t)      (paper, Eq. 2: one factor of the inner product)
+
+Arithmetic is float32 (float64 when the head or the hidden states are), whatever the dtype of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# One tile of logits is TOKEN_TILE x VOCAB_BLOCK: 8 MB in float32, so that the passes over it stay in the cache while
+# the two products that fill it are still large enough to run at full speed.
+TOKEN_TILE = 1024
+VOCAB_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: `logits = cap * tanh((W h + b) * scale / cap)`; without a soft-cap just `(W h + b) * scale`.
+
+    Args:
+        weight: unembedding W, (V, D).
+        bias: b, (V,), or None.
+        scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        softcap: Gemma-2's `final_logit_softcapping`, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    def transform(self, linear_TC: Tensor) -> Tensor:
+        """Logits from W h + b, in place where it can."""
+        if self.scale != 1.0:
+            linear_TC = linear_TC.mul_(self.scale)
+        if self.softcap is not None:
+            linear_TC = linear_TC.div_(self.softcap).tanh_().mul_(self.softcap)
+        return linear_TC
+
+    def slope(self, logits_TC: Tensor) -> Tensor | float:
+        """Derivative of the logits in W h, elementwise: scale * (1 - (f / cap)^2)."""
+        if self.softcap is None:
+            return self.scale
+        return (logits_TC / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
+
+    def linear(self, hidden_TD: Tensor, block: slice) -> Tensor:
+        """W h + b on one block of the vocabulary, (T, C)."""
+        weight_CD = self.weight[block].to(hidden_TD.dtype)
+        if self.bias is None:
+            return hidden_TD @ weight_CD.T
+        return torch.addmm(self.bias[block].to(hidden_TD.dtype), hidden_TD, weight_CD.T)
+
+    def logits(self, hidden_TD: Tensor, block: slice = slice(None)) -> Tensor:
+        """Logits on one block of the vocabulary, (T, C)."""
+        return self.transform(self.linear(hidden_TD, block))
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any of the tensors is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _blocks(n: int, size: int) -> Iterator[slice]:
+    return (slice(lo, min(lo + size, n)) for lo in range(0, n, size))
+
+
+class _OnlineSoftmax:
+    """log sum exp, and the mean of a value under the softmax, folded over blocks of the vocabulary."""
+
+    def __init__(self, like_T: Tensor):
+        self.top = torch.full_like(like_T, -torch.inf)
+        self.mass = torch.zeros_like(like_T)
+        self.weighted = torch.zeros_like(like_T)
+
+    def fold(self, logits_TC: Tensor, value_TC: Tensor | None = None) -> None:
+        """Take in one block; overwrites both arguments."""
+        top = torch.maximum(self.top, logits_TC.amax(-1))
+        shrink = (self.top - top).exp_()
+        mass_TC = logits_TC.sub_(top[:, None]).exp_()
+        self.mass = self.mass * shrink + mass_TC.sum(-1)
+        if value_TC is not None:
+            self.weighted = self.weighted * shrink + value_TC.mul_(mass_TC).sum(-1)
+        self.top = top
+
+    def log_normalizer(self) -> Tensor:
+        return self.top + self.mass.log()
+
+    def mean(self) -> Tensor:
+        return self.weighted / self.mass
+
+
+def _pick(out_T: Tensor, value_TC: Tensor, labels_T: Tensor, block: slice) -> Tensor:
+    """out_T with value_TC[t, y_t] written where y_t lies in the block (no synchronisation, unlike a masked index)."""
+    inside = (labels_T >= block.start) & (labels_T < block.stop)
+    column = (labels_T - block.start).clamp(0, value_TC.shape[1] - 1)
+    return torch.where(inside, value_TC.gather(1, column[:, None])[:, 0], out_T)
+
+
+def log_normalizer(head: Head, hidden_TD: Tensor, vocab_block: int = VOCAB_BLOCK) -> Tensor:
+    """`torch.logsumexp(head.logits(hidden), -1)`, (T,)."""
+    hidden_TD = hidden_TD.to(working_dtype(head.weight, hidden_TD))
+    fold = _OnlineSoftmax(hidden_TD[:, 0])
+    for block in _blocks(head.vocab_size, vocab_block):
+        fold.fold(head.logits(hidden_TD, block))
+    return fold.log_normalizer()
+
+
+def errors(head: Head, hidden_TD: Tensor, labels_T: Tensor, log_norm_T: Tensor, block: slice) -> Tensor:
+    """Prediction errors e_t on one block of the vocabulary, (T, C): `slope * (onehot(y) - softmax(logits))`."""
+    logits_TC = head.logits(hidden_TD, block)
+    slope = head.slope(logits_TC)
+    errors_TC = logits_TC.sub_(log_norm_T[:, None]).exp_().neg_()
+    column = labels_T - block.start
+    inside = (column >= 0) & (column < errors_TC.shape[1])
+    errors_TC.scatter_add_(1, column.clamp(0, errors_TC.shape[1] - 1)[:, None], inside[:, None].to(errors_TC.dtype))
+    return errors_TC.mul_(slope)
+
+
+def add_gradient(
+    out_VD: Tensor,
+    head: Head,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor | None = None,
+    *,
+    token_tile: int = TOKEN_TILE,
+    vocab_block: int = VOCAB_BLOCK,
+) -> Tensor:
+    """Add `G = sum_t w_t e_t h_t^T` to `out_VD`: the gradient of `sum_t w_t log p_t(y_t)` in W (paper, Eq. 2).
+
+    Naive: `(w * e).T @ hidden`. The log-normaliser first, then `out[block] += e_block^T H`.
+
+    Args:
+        out_VD: accumulator, (V, D), changed in place.
+        hidden_TD: inputs of the head at the labelled positions, (T, D).
+        labels_T: the tokens predicted there, (T,).
+        weights_T: one factor per position, (T,); 1 where None.
+    """
+    dtype = working_dtype(head.weight, hidden_TD)
+    for tile in _blocks(len(hidden_TD), token_tile):
+        hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
+        log_norm = log_normalizer(head, hidden, vocab_block)
+        weighted = hidden if weights_T is None else hidden * weights_T[tile, None].to(dtype)
+        for block in _blocks(head.vocab_size, vocab_block):
+            out_VD[block].addmm_(errors(head, hidden, labels, log_norm, block).T.to(out_VD.dtype), weighted)
+    return out_VD
+
+
+def score_tokens(
+    head: Head,
+    direction_VD: Tensor,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    *,
+    token_tile: int = TOKEN_TILE,
+    vocab_block: int = VOCAB_BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """Score of each labelled position, `<direction, e_t h_t^T>`, and its log-likelihood.
+
+    Naive::
+
+        score = (e * (hidden @ direction.T)).sum(-1)         # with q = D h: q[y] - sum_u p[u] q[u]
+        log_p = log_softmax(logits)[t, labels[t]]
+
+    The sum over a row's positions is the row's For-Value score (paper, Eq. 1 and 2): the derivative of its
+    log-likelihood when the head moves from W to W + eps * direction. Costs two products of (T, D) with (V, D).
+
+    Returns:
+        score_T, log_likelihood_T: both (T,).
+    """
+    dtype = working_dtype(head.weight, hidden_TD, direction_VD)
+    scores, log_p = [], []
+    for tile in _blocks(len(hidden_TD), token_tile):
+        hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
+        fold = _OnlineSoftmax(hidden[:, 0])
+        gain_y = torch.zeros_like(hidden[:, 0])
+        logit_y = torch.zeros_like(gain_y)
+        for block in _blocks(head.vocab_size, vocab_block):
+            logits = head.logits(hidden, block)
+            gain = hidden @ direction_VD[block].to(dtype).T
+            slope = head.slope(logits)
+            if not isinstance(slope, float) or slope != 1.0:
+                gain = gain.mul_(slope)
+            gain_y = _pick(gain_y, gain, labels, block)
+            logit_y = _pick(logit_y, logits, labels, block)
+            fold.fold(logits, gain)
+        scores.append(gain_y - fold.mean())
+        log_p.append(logit_y - fold.log_normalizer())
+    return _join(scores, hidden_TD, dtype), _join(log_p, hidden_TD, dtype)
+
+
+def _join(tiles: list[Tensor], hidden_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.cat(tiles) if tiles else hidden_TD.new_zeros(0, dtype=dtype)
+
+
+def score_pairs(
+    head: Head,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    rows_T: Tensor,
+    n_rows: int,
+    other_hidden_TD: Tensor,
+    other_labels_T: Tensor,
+    other_rows_T: Tensor,
+    n_other_rows: int,
+    *,
+    other_metric_TD: Tensor | None = None,
+    token_tile: int = TOKEN_TILE,
+    vocab_block: int = VOCAB_BLOCK,
+) -> Tensor:
+    """`<G(z), G(v)>` for every pair of rows (paper, Eq. 1): `sum_{t, t'} <e_t, e_t'> <h_t, h_t'>`, (n_rows, n_other_rows).
+
+    The inner products of the errors are accumulated over blocks of the vocabulary, so nothing of the size of the
+    vocabulary is kept. `rows_T` names the row of each position. `other_metric_TD` replaces the other side's hidden
+    states in `<h, h'>` (for a score in another metric, `<h, M h'>`).
+    """
+    dtype = working_dtype(head.weight, hidden_TD, other_hidden_TD)
+    out = torch.zeros(n_rows, n_other_rows, dtype=torch.float64, device=hidden_TD.device)
+    for tile in _blocks(len(hidden_TD), token_tile):
+        hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
+        log_norm = log_normalizer(head, hidden, vocab_block)
+        for other in _blocks(len(other_hidden_TD), token_tile):
+            other_hidden, other_labels = other_hidden_TD[other].to(dtype), other_labels_T[other]
+            other_log_norm = log_normalizer(head, other_hidden, vocab_block)
+            products = hidden.new_zeros(len(hidden), len(other_hidden))
+            for block in _blocks(head.vocab_size, vocab_block):
+                left = errors(head, hidden, labels, log_norm, block)
+                right = errors(head, other_hidden, other_labels, other_log_norm, block)
+                products.addmm_(left, right.T)
+            metric = other_hidden if other_metric_TD is None else other_metric_TD[other].to(dtype)
+            products.mul_(hidden @ metric.T)
+            per_row = products.new_zeros(n_rows, len(other_hidden), dtype=torch.float64)
+            per_row.index_add_(0, rows_T[tile], products.double())
+            out.index_add_(1, other_rows_T[other], per_row)
+    return out
+
+
+def squared_norms(
+    head: Head,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    lengths: list[int],
+    *,
+    metric_TD: Tensor | None = None,
+    token_tile: int = TOKEN_TILE,
+    vocab_block: int = VOCAB_BLOCK,
+) -> Tensor:
+    """`||G(z)||^2` of each row, (N,), from its token pairs: `sum_{t, t'} <e_t, e_t'> <h_t, h_t'>` within the row.
+
+    Args:
+        lengths: labelled positions of each row, in the order in which they follow one another in `hidden_TD`.
+        metric_TD: replaces one side's hidden states, for the norm in another metric.
+    """
+    dtype = working_dtype(head.weight, hidden_TD)
+    out = torch.zeros(len(lengths), dtype=torch.float64, device=hidden_TD.device)
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    while order:
+        longest = lengths[order[-1]]
+        if longest == 0:
+            break
+        group = order[-max(1, token_tile // longest) :]
+        del order[-len(group) :]
+        # A padded (rows, longest, D) copy of a group of rows alike in length, so that all Gram matrices are one product.
+        place = torch.zeros(len(group), longest, dtype=torch.long)
+        real = torch.zeros(len(group), longest, dtype=torch.bool)
+        for k, i in enumerate(group):
+            place[k, : lengths[i]] = torch.arange(starts[i], starts[i + 1])
+            real[k, : lengths[i]] = True
+        place, real = place.to(hidden_TD.device), real.to(hidden_TD.device)
+        hidden, labels = hidden_TD[place].to(dtype), labels_T[place].flatten()
+        flat = hidden.flatten(0, 1)
+        log_norm = log_normalizer(head, flat, vocab_block)
+        gram = hidden.new_zeros(len(group), longest, longest)
+        for block in _blocks(head.vocab_size, vocab_block):
+            error = errors(head, flat, labels, log_norm, block).unflatten(0, real.shape)
+            error.mul_(real[:, :, None])
+            gram.baddbmm_(error, error.mT)
+        metric = hidden if metric_TD is None else metric_TD[place].to(dtype)
+        out[group] = (gram * (hidden @ metric.mT)).sum((1, 2), dtype=torch.float64)
+    return out

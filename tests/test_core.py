@@ -1,0 +1,178 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from forvalue_callbacks import core
+
+V, D, T, T2 = 37, 8, 11, 13
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 2.0},
+    "all": {"bias": True, "scale": 0.7, "softcap": 3.0},
+}
+BLOCKS = [(4, 5), (11, 37), (1, 1), (1000, 1000)]
+
+
+def make(kind="plain", dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    options = dict(HEADS[kind])
+    bias = torch.randn(V, dtype=torch.float64) if options.pop("bias", False) else None
+    head = core.Head(torch.randn(V, D, dtype=torch.float64).to(dtype), bias, **options)
+    hidden = [torch.randn(n, D, dtype=torch.float64).to(dtype) for n in (T, T2)]
+    labels = [torch.randint(V, (n,)) for n in (T, T2)]
+    return head, hidden, labels
+
+
+def naive_log_p(head, weight, hidden, labels):
+    """Written out anew: this file trusts nothing of `Head` but its four fields."""
+    logits = hidden @ weight.T
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits.log_softmax(-1)[torch.arange(len(labels)), labels]
+
+
+def gradient(head, hidden, labels):
+    weight = head.weight.double().clone().requires_grad_(True)
+    return torch.autograd.grad(naive_log_p(head, weight, hidden.double(), labels).sum(), weight)[0]
+
+
+def relative(got, want):
+    return float((got.double() - want.double()).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("tiles", BLOCKS)
+@pytest.mark.parametrize("kind", HEADS)
+def test_gradient_and_scores_equal_autograd_for_every_block_size(kind, tiles):
+    head, (hidden, other), (labels, other_labels) = make(kind)
+    sizes = {"token_tile": tiles[0], "vocab_block": tiles[1]}
+    direction = core.add_gradient(torch.zeros(V, D, dtype=torch.float64), head, other, other_labels, **sizes)
+    assert relative(direction, gradient(head, other, other_labels)) < 1e-12
+    scores, log_p = core.score_tokens(head, direction, hidden, labels, **sizes)
+    want = [(gradient(head, hidden[t : t + 1], labels[t : t + 1]) * direction).sum() for t in range(T)]
+    assert relative(scores, torch.stack(want)) < 1e-10
+    assert relative(log_p, naive_log_p(head, head.weight, hidden, labels)) < 1e-12
+
+
+@pytest.mark.parametrize("tiles", BLOCKS)
+@pytest.mark.parametrize("kind", HEADS)
+def test_pairs_and_norms_equal_inner_products_of_gradients(kind, tiles):
+    head, (hidden, other), (labels, other_labels) = make(kind)
+    sizes = {"token_tile": tiles[0], "vocab_block": tiles[1]}
+    lengths, other_lengths = [4, 0, 1, 6], [5, 8]
+    split = [gradient(head, h, y) for h, y in zip(hidden.split(lengths), labels.split(lengths), strict=True)]
+    other_split = [
+        gradient(head, h, y)
+        for h, y in zip(other.split(other_lengths), other_labels.split(other_lengths), strict=True)
+    ]
+    rows = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    other_rows = torch.repeat_interleave(torch.arange(2), torch.tensor(other_lengths))
+    pairs = core.score_pairs(head, hidden, labels, rows, 4, other, other_labels, other_rows, 2, **sizes)
+    want = torch.tensor([[(a * b).sum() for b in other_split] for a in split])
+    assert relative(pairs, want) < 1e-10
+    norms = core.squared_norms(head, hidden, labels, lengths, **sizes)
+    assert relative(norms, torch.stack([(g * g).sum() for g in split])) < 1e-10
+
+
+def test_a_metric_stands_between_the_hidden_states():
+    head, (hidden, other), (labels, other_labels) = make("all")
+    metric = torch.randn(D, D, dtype=torch.float64)
+    metric = metric @ metric.T
+    left, right = gradient(head, hidden, labels), gradient(head, other, other_labels)
+    rows, other_rows = torch.zeros(T, dtype=torch.long), torch.zeros(T2, dtype=torch.long)
+    pairs = core.score_pairs(
+        head, hidden, labels, rows, 1, other, other_labels, other_rows, 1, other_metric_TD=other @ metric
+    )
+    assert relative(pairs, (left @ metric * right).sum()[None, None]) < 1e-10
+    norm = core.squared_norms(head, hidden, labels, [T], metric_TD=hidden @ metric)
+    assert relative(norm, (left @ metric * left).sum()[None]) < 1e-10
+
+
+def test_token_weights_scale_their_tokens_gradient():
+    head, (hidden, _), (labels, _) = make("all")
+    weights = torch.rand(T, dtype=torch.float64)
+    got = core.add_gradient(torch.zeros(V, D, dtype=torch.float64), head, hidden, labels, weights, token_tile=4)
+    want = sum(weights[t] * gradient(head, hidden[t : t + 1], labels[t : t + 1]) for t in range(T))
+    assert relative(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", HEADS)
+def test_low_precision_is_no_worse_than_the_naive_code(kind, dtype):
+    """Error budget: at most twice the naive float32 code on the same rounded inputs, plus four ulps."""
+    head, (hidden, other), (labels, other_labels) = make(kind, dtype)
+    exact_direction = gradient(head, other, other_labels)
+    exact = torch.stack(
+        [(gradient(head, hidden[t : t + 1], labels[t : t + 1]) * exact_direction).sum() for t in range(T)]
+    )
+    naive_head = core.Head(
+        head.weight.float(), None if head.bias is None else head.bias.float(), head.scale, head.softcap
+    )
+
+    def naive_gradient(h, y):
+        weight = naive_head.weight.clone().requires_grad_(True)
+        return torch.autograd.grad(naive_log_p(naive_head, weight, h.float(), y).sum(), weight)[0]
+
+    naive_direction = naive_gradient(other, other_labels)
+    naive = torch.stack(
+        [(naive_gradient(hidden[t : t + 1], labels[t : t + 1]) * naive_direction).sum() for t in range(T)]
+    )
+    direction = core.add_gradient(torch.zeros(V, D), head, other, other_labels, token_tile=4, vocab_block=5)
+    scores, _ = core.score_tokens(head, direction, hidden, labels, token_tile=4, vocab_block=5)
+    assert scores.dtype == torch.float32
+    assert relative(scores, exact) <= 2 * relative(naive, exact) + 4 * torch.finfo(torch.float32).eps
+
+
+def test_extreme_logits_stay_finite():
+    head, (hidden, other), (labels, other_labels) = make("plain", torch.float32)
+    direction = core.add_gradient(torch.zeros(V, D), head, other * 1e3, other_labels, vocab_block=5)
+    scores, log_p = core.score_tokens(head, direction, hidden * 1e3, labels, vocab_block=5)
+    assert torch.isfinite(scores).all()
+    assert torch.isfinite(log_p).all()
+
+
+def test_no_labelled_positions_give_empty_results():
+    head, (hidden, _), (labels, _) = make()
+    scores, log_p = core.score_tokens(head, head.weight, hidden[:0], labels[:0])
+    assert scores.shape == log_p.shape == (0,)
+    assert core.squared_norms(head, hidden[:0], labels[:0], [0, 0]).tolist() == [0, 0]
+
+
+def test_nothing_of_tokens_by_vocabulary_is_allocated():
+    """The largest tensor that any operation makes is one tile of logits or one block of the head."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() not in given:
+                    self.n = max(self.n, tensor.numel())
+            return out
+
+    vocab, dim, tokens, tile, block = 1001, 4, 300, 16, 32
+    head = core.Head(torch.randn(vocab, dim))
+    hidden, labels, out = torch.randn(tokens, dim), torch.randint(vocab, (tokens,)), torch.zeros(vocab, dim)
+    given = {t.untyped_storage().nbytes() for t in (head.weight, hidden, labels, out)}
+    with Largest() as largest:
+        core.add_gradient(out, head, hidden, labels, token_tile=tile, vocab_block=block)
+        core.score_tokens(head, out, hidden, labels, token_tile=tile, vocab_block=block)
+    assert tile * block <= largest.n <= max(tile * block, tokens)
+
+
+def test_the_core_imports_torch_and_nothing_else_of_the_stack():
+    code = (
+        "import sys, forvalue_callbacks.core; "
+        "print([m for m in ('transformers', 'accelerate', 'datasets', 'peft', 'trl', 'pyarrow') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    # and the test itself can see an import
+    seen = code.replace("forvalue_callbacks.core", "forvalue_callbacks.core, pyarrow")
+    assert subprocess.check_output([sys.executable, "-c", seen], text=True).strip() == "['pyarrow']"
