@@ -1,0 +1,215 @@
+"""One score per row, and what made them; one Parquet file on disk. Knows no model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+METADATA_KEY = b"forvalue_scores"
+
+
+@dataclass(eq=False)
+class ForValueScores:
+    """Scores of N rows, in row order.
+
+    Args:
+        values: (N,) float64, higher = more valuable; NaN where a row could not be scored.
+        reasons: N entries: why a row could not be scored, None where it was.
+        log_likelihood: (N,) float64, sum of log p over the labelled tokens; NaN where a row could not be scored.
+        n_labelled: (N,) int64, number of labelled tokens.
+        metadata: JSON-able. `metadata["made_of"]` maps each part that determines the scores (weights, validation,
+            data, config) to its hash; everything else (versions, the config itself) is for the reader.
+
+    Raises:
+        ValueError: the lengths differ, or a row has neither a score nor a reason, or both.
+    """
+
+    values: np.ndarray
+    reasons: list[str | None]
+    log_likelihood: np.ndarray
+    n_labelled: np.ndarray
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.values = np.asarray(self.values, dtype=np.float64)
+        self.reasons = list(self.reasons)
+        self.log_likelihood = np.asarray(self.log_likelihood, dtype=np.float64)
+        self.n_labelled = np.asarray(self.n_labelled, dtype=np.int64)
+        lengths = [len(self.values), len(self.reasons), len(self.log_likelihood), len(self.n_labelled)]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"values, reasons, log_likelihood and n_labelled differ in length: {lengths}")
+        for row, (value, reason) in enumerate(zip(self.values, self.reasons, strict=True)):
+            if np.isnan(value) != (reason is not None):
+                raise ValueError(f"row {row} has the score {value} and the reason {reason!r}: exactly one is needed")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of `metadata["made_of"]`, 32 hex digits: the same wherever the same parts made the scores."""
+        made_of = json.dumps(self.metadata.get("made_of", {}), sort_keys=True, separators=(",", ":"))
+        return xxhash.xxh3_128_hexdigest(made_of.encode())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one Parquet file (row, score, reason, log_likelihood, n_labelled); a row without a score has null.
+
+        The file appears whole or not at all. The metadata are JSON in the Parquet schema.
+        """
+        path = Path(path)
+        columns = {
+            "row": pa.array(np.arange(len(self))),
+            "score": pa.array(self.values, from_pandas=True),  # NaN becomes null
+            "reason": pa.array(self.reasons, type=pa.string()),
+            "log_likelihood": pa.array(self.log_likelihood, from_pandas=True),
+            "n_labelled": pa.array(self.n_labelled),
+        }
+        table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(self.metadata)})
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            pq.write_table(table, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], expected: Mapping[str, Any] | None = None) -> ForValueScores:
+        """Reads what `save` wrote.
+
+        Args:
+            path: the Parquet file.
+            expected: what the scores must be made of: some or all keys of `metadata["made_of"]`.
+
+        Raises:
+            ValueError: not a file of scores, or made of something else than `expected`.
+        """
+        table = pq.read_table(path)
+        stored = (table.schema.metadata or {}).get(METADATA_KEY)
+        if stored is None:
+            raise ValueError(f"{path} was not written by ForValueScores.save")
+        metadata = json.loads(stored)
+        _check_made_of(metadata.get("made_of", {}), expected or {}, path)
+        return cls(
+            values=table["score"].to_numpy(),
+            reasons=table["reason"].to_pylist(),
+            log_likelihood=table["log_likelihood"].to_numpy(),
+            n_labelled=table["n_labelled"].to_numpy(),
+            metadata=metadata,
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence[ForValueScores], index: Sequence[Sequence[int]]) -> ForValueScores:
+        """Puts shards together: row j of `parts[i]` becomes row `index[i][j]`.
+
+        Raises:
+            ValueError: the shards were not made of the same, or do not cover the rows 0 ... N-1 once each.
+        """
+        if len({part.fingerprint for part in parts}) != 1:
+            raise ValueError("cannot merge these shards: they were made of different weights, data or config")
+        rows = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in index])
+        order = np.argsort(rows, kind="stable")
+        fits = [len(part) for part in parts] == [len(rows) for rows in index]
+        if not fits or not np.array_equal(rows[order], np.arange(len(rows))):
+            raise ValueError(f"cannot merge these shards: their rows are not 0 to {len(rows) - 1}, once each")
+        reasons = [reason for part in parts for reason in part.reasons]
+        return cls(
+            values=np.concatenate([part.values for part in parts])[order],
+            reasons=[reasons[i] for i in order],
+            log_likelihood=np.concatenate([part.log_likelihood for part in parts])[order],
+            n_labelled=np.concatenate([part.n_labelled for part in parts])[order],
+            metadata=parts[0].metadata,
+        )
+
+    def summary(self) -> str:
+        """A few lines for the log: how many rows have no score and why, quantiles, and whether length decides."""
+        scored = np.isfinite(self.values)
+        lines = [f"rows        {len(self)}", f"scored      {scored.sum()}"]
+        reasons = Counter(reason for reason in self.reasons if reason is not None)
+        lines += [f"not scored  {count}: {reason}" for reason, count in reasons.most_common()]
+        if scored.any():
+            names = ["min", "5%", "25%", "median", "75%", "95%", "max"]
+            quantiles = np.quantile(self.values[scored], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+            lines.append(
+                "score       " + "  ".join(f"{name} {q:.4g}" for name, q in zip(names, quantiles, strict=True))
+            )
+            rho = spearman(self.values[scored], self.n_labelled[scored])
+            hint = ": long rows decide; compare normalize='length'" if abs(rho) > 0.5 else ""
+            lines.append(f"length      Spearman correlation of score and labelled tokens {rho:+.2f}{hint}")
+        return "\n".join(lines)
+
+    def plot(
+        self, path: str | os.PathLike[str], weights: np.ndarray | None = None, noisy: np.ndarray | None = None
+    ) -> None:
+        """Draws the histogram of the scores as a PNG, from their 1st to their 99th percentile.
+
+        Args:
+            path: the PNG file.
+            weights: (N,), as a policy gives them: the rows of weight 0 are hatched.
+            noisy: (N,) bool, where it is known which rows are noisy: clean and noisy rows are drawn apart.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: no row has a score.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plots need matplotlib: pip install 'forvalue-callbacks[plot]'") from error
+
+        scored = np.isfinite(self.values)
+        if not scored.any():
+            raise ValueError("no row has a score: nothing to plot")
+        low, high = np.percentile(self.values[scored], [1, 99])
+        margin = 0.0 if high > low else 0.5
+        bins = np.linspace(low - margin, high + margin, 61).tolist()
+        outside = int(((self.values < bins[0]) | (self.values > bins[-1])).sum())
+
+        axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+        if noisy is None:
+            axes.hist(self.values[scored], bins, color="tab:blue", alpha=0.5, label=f"{scored.sum()} rows")
+        else:
+            noisy = np.asarray(noisy, dtype=bool)
+            for rows, color, name in ((scored & ~noisy, "tab:blue", "clean"), (scored & noisy, "tab:orange", "noisy")):
+                axes.hist(self.values[rows], bins, color=color, alpha=0.5, label=f"{rows.sum()} {name} rows")
+        if weights is not None:
+            dropped = scored & (np.asarray(weights) == 0)
+            label = f"{dropped.sum()} dropped"
+            axes.hist(self.values[dropped], bins, histtype="step", hatch="////", color="black", label=label)
+        axes.set_xlim(bins[0], bins[-1])
+        axes.set_xlabel(
+            f"For-Value score ({outside} rows lie outside of this range)" if outside else "For-Value score"
+        )
+        axes.set_ylabel("rows")
+        axes.legend()
+        figure.savefig(path, dpi=120, format="png")
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation of x and y, both (N,), ties by their mean rank; NaN where one is constant."""
+    x, y = _mean_ranks(x), _mean_ranks(y)
+    x, y = x - x.mean(), y - y.mean()
+    norm = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if norm > 0 else float("nan")
+
+
+def _mean_ranks(x: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _check_made_of(made_of: Mapping[str, Any], expected: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    expected = json.loads(json.dumps(dict(expected)))  # a tuple comes back from JSON as a list
+    differing = [key for key in expected if made_of.get(key) != expected[key]]
+    if differing:
+        parts = "; ".join(f"{key} is {made_of.get(key)}, expected {expected[key]}" for key in differing)
+        raise ValueError(f"the scores in {path} were made with other {' and '.join(differing)} ({parts}): score again")

@@ -1,0 +1,229 @@
+"""Policies: exact counts, within groups too; what they refuse; the text form."""
+
+import numpy as np
+import pytest
+
+from forvalue_callbacks.policies import (
+    Chain,
+    Drop,
+    Keep,
+    Policy,
+    Reweight,
+    Threshold,
+    describe,
+    effective_sample_size,
+    parse_policy,
+)
+
+N = 203
+RNG = np.random.default_rng(0)
+SCORES = RNG.normal(size=N)
+LABELS = RNG.choice(["a", "b", "c"], size=N, p=[0.7, 0.25, 0.05]).tolist()
+ALL = [Drop(0.2), Keep(0.3), Keep(40), Threshold(-0.5), Reweight(0.7), Drop(0.1).then(Reweight())]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.2, 0.5, 0.99])
+def test_drop_drops_exactly_the_rounded_fraction_and_the_worst_rows(fraction):
+    weights = Drop(fraction)(SCORES)
+    n_drop = round(fraction * N)
+    assert (weights == 0).sum() == n_drop
+    assert set(np.flatnonzero(weights == 0)) == set(np.argsort(SCORES)[:n_drop])
+    assert set(weights) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("amount", "n_keep"), [(0.3, round(0.3 * N)), (1.0, N), (1, 1), (40, 40), (N, N), (10**6, N)])
+def test_keep_keeps_a_fraction_or_a_count_of_the_best_rows(amount, n_keep):
+    weights = Keep(amount)(SCORES)
+    assert set(np.flatnonzero(weights)) == set(np.argsort(-SCORES)[:n_keep])
+
+
+def test_threshold_drops_only_scores_below_it():
+    np.testing.assert_array_equal(Threshold(0.0)(np.array([-1.0, -0.0, 0.0, 1e-9, 2.0])), [0, 1, 1, 1, 1])
+
+
+def test_reweight_is_the_exponential_of_the_clipped_standard_score():
+    scores = np.append(SCORES, 50.0)  # one outlier, to be clipped
+    z = np.clip((scores - scores.mean()) / scores.std(), -3, 3)
+    expected = np.exp(z / 0.7) / np.exp(z / 0.7).mean()
+    np.testing.assert_allclose(Reweight(0.7)(scores), expected, rtol=1e-12)
+
+
+def test_reweight_keeps_every_row_of_equal_scores_alike_and_does_not_overflow():
+    np.testing.assert_array_equal(Reweight()(np.full(7, 0.1)), np.ones(7))
+    assert np.isfinite(Reweight(1e-4)(SCORES)).all()
+
+
+@pytest.mark.parametrize("policy", ALL, ids=str)
+def test_a_row_without_a_score_gets_weight_zero_and_does_not_count(policy):
+    gaps = np.insert(SCORES, [0, 50, 50, N], [np.nan, np.nan, np.inf, -np.inf])
+    scored = np.isfinite(gaps)
+    weights = policy(gaps)
+    assert not weights[~scored].any()
+    np.testing.assert_array_equal(weights[scored], policy(SCORES))
+
+
+@pytest.mark.parametrize("policy", ALL, ids=str)
+def test_weights_follow_the_rows_when_they_are_reordered(policy):
+    order = RNG.permutation(N)
+    np.testing.assert_allclose(policy(SCORES[order]), policy(SCORES)[order], rtol=1e-12)
+
+
+def test_of_equal_scores_the_earlier_rows_stay():
+    tied = np.zeros(10)
+    np.testing.assert_array_equal(Drop(0.3)(tied), [1] * 7 + [0] * 3)
+    np.testing.assert_array_equal(Keep(2)(tied), [1] * 2 + [0] * 8)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
+def test_drop_with_groups_drops_the_fraction_of_each_group_and_of_the_whole(fraction):
+    labels = np.array(LABELS)
+    weights = Drop(fraction, group_column="label")(SCORES, LABELS)
+    assert (weights == 0).sum() == round(fraction * N)
+    for label in "abc":
+        dropped, group = weights[labels == label] == 0, SCORES[labels == label]
+        assert abs(dropped.sum() - fraction * len(group)) < 1
+        assert set(np.flatnonzero(dropped)) == set(np.argsort(group)[: dropped.sum()])
+
+
+def test_keep_with_groups_shares_out_a_count_in_proportion():
+    groups = ["a"] * 100 + ["b"] * 60 + ["c"] * 40
+    weights = Keep(20, group_column="g")(RNG.normal(size=200), groups)
+    assert [int(weights[np.array(groups) == g].sum()) for g in "abc"] == [10, 6, 4]
+
+
+@pytest.mark.parametrize("policy", [Drop(0.9), Keep(1), Keep(0.05), Threshold(100.0)], ids=str)
+def test_no_group_with_a_scored_row_is_emptied_and_its_best_row_stays(policy):
+    grouped = type(policy)(*[v for k, v in vars(policy).items() if k != "group_column"], group_column="g")
+    scores = np.array([3.0, 1.0, 2.0, -5.0, -4.0, np.nan, 9.0])
+    weights = grouped(scores, ["a", "a", "a", "b", "b", "unscored", None])
+    assert weights[[0, 4, 6]].all()
+    assert not weights[5]
+
+
+def test_reweight_with_groups_is_reweight_within_each_group():
+    labels = np.array(LABELS)
+    weights = Reweight(group_column="label")(SCORES * np.where(labels == "a", 1, 1000), LABELS)
+    for label in "abc":
+        np.testing.assert_allclose(weights[labels == label], Reweight()(SCORES[labels == label]), rtol=1e-9)
+
+
+def test_a_chain_shows_each_policy_only_the_rows_still_kept():
+    kept = Drop(0.5)(SCORES) > 0
+    expected = np.zeros(N)
+    expected[kept] = Reweight()(SCORES[kept])
+    np.testing.assert_allclose(Drop(0.5).then(Reweight())(SCORES), expected, rtol=1e-12)
+    assert (Drop(0.5).then(Drop(0.5))(SCORES) > 0).sum() == (N - round(N / 2)) - round((N - round(N / 2)) / 2)
+
+
+def test_weights_of_a_chain_multiply():
+    np.testing.assert_allclose(Reweight(2.0).then(Reweight(2.0))(SCORES), Reweight(2.0)(SCORES) ** 2, rtol=1e-12)
+
+
+def test_a_chain_groups_only_the_policies_that_ask_for_it():
+    chain = Drop(0.2, group_column="label").then(Reweight())
+    assert chain.group_column == "label"
+    dropped = Drop(0.2, group_column="label")(SCORES, LABELS)
+    expected = Reweight()(np.where(dropped > 0, SCORES, np.nan))
+    np.testing.assert_allclose(chain(SCORES, LABELS), expected, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"one group column, not \['label', 'source'\]"):
+        Drop(0.2, group_column="label").then(Keep(3, group_column="source"))
+
+
+def test_chains_are_flat_so_that_bracketing_makes_no_difference():
+    a, b, c = Drop(0.1), Threshold(), Reweight()
+    assert a.then(b).then(c) == a.then(b.then(c)) == Chain((a, b, c))
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("drop:0.2", Drop(0.2)),
+        ("keep:500", Keep(500)),
+        ("keep:0.5", Keep(0.5)),
+        ("threshold:0.0", Threshold(0.0)),
+        ("threshold:-1.5", Threshold(-1.5)),
+        ("threshold:1e+20", Threshold(1e20)),
+        ("threshold", Threshold()),
+        ("reweight:0.7", Reweight(0.7)),
+        ("drop:0.2@label", Drop(0.2, group_column="label")),
+        ("reweight@source name", Reweight(group_column="source name")),
+        ("drop:0.2+reweight:1.0", Drop(0.2).then(Reweight(1.0))),
+        ("drop:0.2@label + keep:9@label", Drop(0.2, group_column="label").then(Keep(9, group_column="label"))),
+    ],
+)
+def test_the_text_form_names_the_policy_and_str_gives_it_back(text, policy):
+    assert parse_policy(text) == policy
+    assert type(vars(parse_policy(text)).get("amount")) is type(vars(policy).get("amount"))  # 500 is a count
+    assert parse_policy(str(policy)) == policy
+    assert eval(repr(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    "text", ["", "drop", "drop:", "drop:much", "drop:1.5", "keep:0", "best:3", "drop:0.2+", "drop=0.2"]
+)
+def test_a_text_that_names_no_policy_is_refused_with_examples(text):
+    with pytest.raises(ValueError, match=r"cannot read the policy .* write for example drop:0\.2"):
+        parse_policy(text)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Drop(1.0),
+        lambda: Drop(-0.1),
+        lambda: Drop(float("nan")),
+        lambda: Keep(0),
+        lambda: Keep(0.0),
+        lambda: Keep(1.5),
+        lambda: Keep(True),
+        lambda: Threshold(float("nan")),
+        lambda: Reweight(0.0),
+        lambda: Reweight(-1.0),
+    ],
+)
+def test_arguments_out_of_range_are_refused_when_the_policy_is_made(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+def test_dropping_everything_is_refused_and_the_range_of_scores_told():
+    with pytest.raises(ValueError, match=r"threshold:5.0 drops all 3 scored rows \(scores from -2 to 4\): lower"):
+        Threshold(5.0)(np.array([-2.0, np.nan, 4.0, 1.0]))
+    with pytest.raises(ValueError, match="drops all 3 scored rows"):
+        Drop(0.9)(np.array([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("policy", ALL, ids=str)
+def test_scores_that_are_all_missing_are_refused(policy):
+    with pytest.raises(ValueError, match="none of the 4 rows has a score"):
+        policy(np.full(4, np.nan))
+
+
+def test_groups_are_needed_exactly_where_there_is_a_group_column():
+    with pytest.raises(ValueError, match="needs groups: the values of the column 'label'"):
+        Drop(0.2, group_column="label")(SCORES)
+    with pytest.raises(ValueError, match="2 groups for 203 scores"):
+        Drop(0.2, group_column="label")(SCORES, ["a", "b"])
+    np.testing.assert_array_equal(Drop(0.2)(SCORES, LABELS), Drop(0.2)(SCORES))
+
+
+def test_scores_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(N,\), not \(3, 2\)"):
+        Drop(0.2)(np.zeros((3, 2)))
+
+
+def test_policies_are_values():
+    assert Drop(0.2) == Drop(0.2) != Drop(0.3)
+    assert len({Drop(0.2), Drop(0.2), Drop(0.2, group_column="label")}) == 2
+    assert all(isinstance(policy, Policy) for policy in ALL)
+
+
+def test_describe_tells_how_often_a_kept_row_is_drawn():
+    assert describe(np.array([1.0, 1.0, 2.0, 0.0])) == {
+        "kept": 3,
+        "dropped": 1,
+        "draws_per_kept_row_mean": pytest.approx(4 / 3),
+        "draws_per_kept_row_max": 2.0,
+        "effective_sample_size": pytest.approx(16 / 6),
+    }
+    assert effective_sample_size(np.array([3.0, 3.0, 0.0])) == 2.0

@@ -1,0 +1,193 @@
+"""Scores: what is saved comes back, and scores made of something else are refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import spearmanr
+
+from forvalue_callbacks.scores import ForValueScores, spearman
+
+MADE_OF = {"weights": "w1", "validation": "v1", "data": "d1", "config": "c1"}
+
+
+def make_scores(n=20, made_of=MADE_OF):
+    rng = np.random.default_rng(n)
+    values, reasons = rng.normal(size=n), [None] * n
+    for row in range(2, n, 7):
+        values[row], reasons[row] = np.nan, "no labelled tokens"
+    log_likelihood = np.where(np.isnan(values), np.nan, -rng.random(n))
+    metadata = {"made_of": dict(made_of), "config": {"direction": "gradient"}, "torch": "2"}
+    return ForValueScores(values, reasons, log_likelihood, rng.integers(1, 30, n), metadata)
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a.values, b.values)
+    np.testing.assert_array_equal(a.log_likelihood, b.log_likelihood)
+    np.testing.assert_array_equal(a.n_labelled, b.n_labelled)
+    assert a.reasons == b.reasons
+    assert a.metadata == b.metadata
+
+
+def test_saved_scores_come_back_bit_for_bit(tmp_path):
+    scores = make_scores()
+    scores.save(tmp_path / "scores.parquet")
+    loaded = ForValueScores.load(tmp_path / "scores.parquet", expected=MADE_OF)
+    assert_same(loaded, scores)
+    assert loaded.values.dtype == loaded.log_likelihood.dtype == np.float64
+    assert loaded.n_labelled.dtype == np.int64
+
+
+def test_the_file_is_one_row_per_sample_with_null_for_no_score(tmp_path):
+    scores = make_scores()
+    scores.save(tmp_path / "scores.parquet")
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert table.column_names == ["row", "score", "reason", "log_likelihood", "n_labelled"]
+    assert table["row"].to_pylist() == list(range(20))
+    assert table["score"].null_count == np.isnan(scores.values).sum() > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    make_scores().save(tmp_path / "scores.parquet")
+
+    def break_off(table, path):
+        path.write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pq, "write_table", break_off)
+    with pytest.raises(OSError, match="disk full"):
+        make_scores(30).save(tmp_path / "scores.parquet")
+    assert len(ForValueScores.load(tmp_path / "scores.parquet")) == 20
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("part", MADE_OF)
+def test_scores_made_of_another_part_are_refused_by_its_name(tmp_path, part):
+    make_scores().save(tmp_path / "scores.parquet")
+    with pytest.raises(ValueError, match=rf"made with other {part} \({part} is {MADE_OF[part]}, expected other\)"):
+        ForValueScores.load(tmp_path / "scores.parquet", expected=MADE_OF | {part: "other"})
+    others = {key: value for key, value in MADE_OF.items() if key != part}
+    ForValueScores.load(tmp_path / "scores.parquet", expected=others)
+
+
+def test_scores_that_do_not_say_what_made_them_match_no_expectation(tmp_path):
+    make_scores(made_of={}).save(tmp_path / "scores.parquet")
+    with pytest.raises(ValueError, match="weights and validation and data and config"):
+        ForValueScores.load(tmp_path / "scores.parquet", expected=MADE_OF)
+
+
+def test_a_parquet_file_from_elsewhere_is_refused(tmp_path):
+    table = pq.read_table  # keep the reader; write a table without the metadata
+    make_scores().save(tmp_path / "scores.parquet")
+    pq.write_table(table(tmp_path / "scores.parquet").replace_schema_metadata(None), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"was not written by ForValueScores\.save"):
+        ForValueScores.load(tmp_path / "other.parquet")
+
+
+def test_the_fingerprint_depends_on_what_made_the_scores_and_on_nothing_else():
+    reordered = dict(reversed(MADE_OF.items()))
+    assert make_scores(20).fingerprint == make_scores(30, reordered).fingerprint
+    assert make_scores(20).fingerprint != make_scores(20, MADE_OF | {"data": "d2"}).fingerprint
+    assert len(make_scores().fingerprint) == 32
+
+
+def test_merged_shards_are_the_scores_of_the_whole():
+    whole = make_scores(20)
+    index = [range(1, 20, 2), range(0, 20, 2)]
+    parts = [
+        ForValueScores(
+            whole.values[rows], [whole.reasons[i] for i in rows], whole.log_likelihood[rows], whole.n_labelled[rows],
+            whole.metadata,
+        )
+        for rows in map(list, index)
+    ]  # fmt: skip
+    assert_same(ForValueScores.merge(parts, index), whole)
+    with pytest.raises(ValueError, match="rows are not 0 to 19, once each"):
+        ForValueScores.merge(parts, [range(10), range(10)])
+    with pytest.raises(ValueError, match="once each"):
+        ForValueScores.merge(parts, [range(9), range(9, 20)])
+    with pytest.raises(ValueError, match="different weights, data or config"):
+        ForValueScores.merge([make_scores(5), make_scores(5, MADE_OF | {"data": "d2"})], [range(5), range(5, 10)])
+
+
+def test_a_row_has_either_a_score_or_a_reason():
+    with pytest.raises(ValueError, match="row 1 has the score nan and the reason None"):
+        ForValueScores(np.array([1.0, np.nan]), [None, None], np.zeros(2), np.ones(2))
+    with pytest.raises(ValueError, match=r"row 0 has the score 1\.0 and the reason 'too long'"):
+        ForValueScores(np.array([1.0]), ["too long"], np.zeros(1), np.ones(1))
+    with pytest.raises(ValueError, match=r"differ in length: \[2, 2, 2, 3\]"):
+        ForValueScores(np.zeros(2), [None, None], np.zeros(2), np.ones(3))
+
+
+def test_the_summary_counts_missing_rows_by_reason_and_shows_the_bias_towards_long_rows():
+    n_labelled = np.arange(1, 11)
+    values = n_labelled * 2.0
+    reasons = [None] * 10
+    for row, reason in ((0, "too long"), (4, "no labelled tokens"), (5, "too long")):
+        values[row], reasons[row] = np.nan, reason
+    text = ForValueScores(values, reasons, np.zeros(10), n_labelled).summary()
+    assert "rows        10\nscored      7\nnot scored  2: too long\nnot scored  1: no labelled tokens" in text
+    assert "min 4 " in text
+    assert "median 14 " in text
+    assert "max 20" in text
+    assert "Spearman correlation of score and labelled tokens +1.00: long rows decide" in text
+
+
+def test_a_summary_without_any_score_still_tells_the_reasons():
+    scores = ForValueScores(np.full(2, np.nan), ["a", "b"], np.zeros(2), np.zeros(2))
+    assert scores.summary().splitlines()[1:] == ["scored      0", "not scored  1: a", "not scored  1: b"]
+
+
+def test_the_rank_correlation_agrees_with_scipy_where_there_are_ties():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 9, 80).astype(float), rng.integers(0, 9, 80)
+    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
+    assert np.isnan(spearman(x, np.ones(80)))
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("with_noise", [False, True])
+def test_the_plot_is_a_png_and_leaves_no_global_state(tmp_path, with_weights, with_noise):
+    scores = make_scores(200)
+    weights = (scores.values > 0).astype(float) if with_weights else None
+    scores.plot(tmp_path / "scores.png", weights=weights, noisy=scores.n_labelled > 20 if with_noise else None)
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.png"]
+
+
+def test_one_outlier_does_not_flatten_the_plot(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self.axes[0]))
+    scores = make_scores(1000)
+    scores.values[0] = 1e9
+    scores.plot(tmp_path / "scores.png", weights=np.where(scores.values > 0, 1.0, 0.0))
+    assert drawn[0].get_xlim()[1] < 5
+    assert "lie outside" in drawn[0].get_xlabel()
+    labels = [text.get_text() for text in drawn[0].get_legend().get_texts()]
+    assert f"{(scores.values <= 0).sum()} dropped" in labels
+
+
+def test_without_matplotlib_the_plot_names_the_extra_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"forvalue-callbacks\[plot\]"):
+        make_scores().plot(tmp_path / "scores.png")
+
+
+def test_policies_and_scores_import_neither_torch_nor_matplotlib():
+    # `-m` style imports would run the package's __init__, which may load torch: load the two files alone.
+    code = (
+        "import importlib.util, json, sys\n"
+        "for name in ('policies', 'scores'):\n"
+        "    spec = importlib.util.spec_from_file_location(name, f'forvalue_callbacks/{name}.py')\n"
+        "    sys.modules[name] = module = importlib.util.module_from_spec(spec)\n"
+        "    spec.loader.exec_module(module)\n"
+        "print(json.dumps([n for n in ('torch', 'transformers', 'matplotlib') if n in sys.modules]))"
+    )
+    root = __file__.rsplit("tests", 1)[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
