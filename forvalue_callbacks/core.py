@@ -225,8 +225,9 @@ def score_pairs(
     token_tile: int = TOKEN_TILE,
     vocab_block: int = VOCAB_BLOCK,
 ) -> Tensor:
-    """`<G(z), G(v)>` for every pair of rows (paper, Eq. 1): `sum_{t, t'} <e_t, e_t'> <h_t, h_t'>`, (n_rows, n_other_rows).
+    """`<G(z), G(v)>` for every pair of rows, (n_rows, n_other_rows): `sum_{t, t'} <e_t, e_t'> <h_t, h_t'>`.
 
+    Paper, Eq. 1.
     The inner products of the errors are accumulated over blocks of the vocabulary, so nothing of the size of the
     vocabulary is kept. `rows_T` names the row of each position. `other_metric_TD` replaces the other side's hidden
     states in `<h, h'>` (for a score in another metric, `<h, M h'>`).
@@ -280,7 +281,7 @@ def squared_norms(
             break
         group = order[-max(1, token_tile // longest) :]
         del order[-len(group) :]
-        # A padded (rows, longest, D) copy of a group of rows alike in length, so that all Gram matrices are one product.
+        # A padded (rows, longest, D) copy of rows alike in length, so that all their Gram matrices are one product.
         place = torch.zeros(len(group), longest, dtype=torch.long)
         real = torch.zeros(len(group), longest, dtype=torch.bool)
         for k, i in enumerate(group):

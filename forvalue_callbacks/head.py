@@ -1,4 +1,4 @@
-"""Any Hugging Face causal LM, VLM or PEFT model -> the inputs of its output head, and an exact description of that head."""
+"""Any Hugging Face causal LM, VLM or PEFT model -> the inputs of its output head, and what that head computes."""
 
 from __future__ import annotations
 
@@ -83,16 +83,14 @@ class Backbone:
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
         mask = inputs.get("attention_mask")
-        padded_left = mask is not None and mask.ndim == 2 and not bool(mask[:, 0].all())
-        if padded_left and "position_ids" not in inputs and "position_ids" in self._parameters():
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all()) and "position_ids" not in inputs:
+            # Padded on the left: learned positions must count from the first real token.
+            if "position_ids" in inspect.signature(self.causal.base_model.forward).parameters:
+                inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return inputs
 
-    def _parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.causal.base_model.forward).parameters
-
     def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
-        """Inputs of the head, (B, L, D), for a batch of model inputs ((B, L) `input_ids`, ...); `labels` are ignored."""
+        """Inputs of the head, (B, L, D), for a batch of model inputs (`input_ids` (B, L), ...); `labels` go unread."""
         with self._autocast():
             return self.causal.base_model(**self._inputs(batch), use_cache=False).last_hidden_state
 
@@ -113,7 +111,7 @@ class Backbone:
             name = f"{type(self.model).__name__}({type(self.causal).__name__})"
             if own.shape[:2] != hidden.shape[:2]:
                 raise ValueError(
-                    f"{name}: the model returns logits for {tuple(own.shape[:2])} positions where its backbone returns "
+                    f"{name}: the model gives logits for {tuple(own.shape[:2])} positions where its backbone gives "
                     f"{tuple(hidden.shape[:2])}. Prompt-learning adapters (prefix or prompt tuning) cannot be scored: "
                     "score the base model instead."
                 )
@@ -121,8 +119,13 @@ class Backbone:
             own = own.flatten(0, 1).to(rebuilt)
             if (mask := inputs.get("attention_mask")) is not None:  # what stands at padding is nobody's business
                 own, rebuilt = own[mask.flatten().bool()], rebuilt[mask.flatten().bool()]
+            if not torch.isfinite(own).all():
+                raise ValueError(
+                    f"{name}: the logits of a validation row are not finite: hidden states or logits overflow. Try "
+                    "forward_dtype='bfloat16' or float32 weights."
+                )
             error = float((rebuilt - own).abs().max() / own.abs().max().clamp(min=1e-6))
-        if not error <= tolerance:  # also when NaN
+        if error > tolerance:
             raise ValueError(
                 f"{name}: cannot describe the output head. Logits rebuilt from the last hidden states are off by "
                 f"{error:.2g} of the largest logit (rounding explains {tolerance:.0e}); scale={head.scale:g}, "
@@ -150,16 +153,19 @@ def _linear(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
                 )
             weight = weight + module.get_delta_weight(adapter).to(weight)
         return weight, bias
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
+    dense: Any = getattr(module, "weight", None)
+    if not isinstance(dense, Tensor) or dense.ndim != 2 or not dense.is_floating_point() or dense.numel() == 0:
         raise ValueError(
             f"{name}: the output head {type(module).__name__} has no dense floating-point weight here (quantised, or "
             "sharded by ZeRO-3). Score before sharding, or load the model with an unquantised head."
         )
-    if hasattr(weight, "full_tensor"):  # FSDP2 shards parameters as DTensors
-        weight = weight.full_tensor()
-    bias = getattr(module, "bias", None)
-    return weight, bias.full_tensor() if hasattr(bias, "full_tensor") else bias
+    offset = getattr(module, "bias", None)
+    return whole(dense), None if offset is None else whole(offset)
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself, gathered first where FSDP2 has sharded it (a DTensor)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _adapters_on(module: BaseTunerLayer) -> list[str]:

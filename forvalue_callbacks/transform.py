@@ -1,0 +1,107 @@
+"""ForValueTransform for `Dataset.map(batched=True)` and `IterableDataset.map(batched=True)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from .rows import RowConfig
+from .scorer import ForValueConfig, ForValueScorer
+
+# What the transforms of this process hold. `datasets` hashes a function by pickling it, and the pickle of a model
+# differs from process to process: a transform is pickled as its fingerprint, and found again here (forked workers
+# inherit the dictionary).
+_LIVE: dict[str, ForValueTransform] = {}
+
+
+class ForValueTransform:
+    """Adds the columns `forvalue_score` (NaN where a row cannot be scored) and `forvalue_reason` to a batch of rows.
+
+    ::
+
+        scored = dataset.map(ForValueTransform(model, validation_dataset, processing_class=tokenizer), batched=True)
+        clean = scored.filter(lambda row: row["forvalue_score"] > 0)
+
+    Its fingerprint is that of the weights, the validation rows and the config, so a second run with the same is served
+    from the cache of `datasets`, in any process, and a change of any of them scores anew.
+
+    Args:
+        model: a model, or the path or hub id of one, which is then loaded where it is first needed: with
+            `map(..., num_proc=2, with_rank=True)` each worker loads its own, on the device of its rank.
+        validation_dataset, config, processing_class, data_collator, rows: as for `ForValueScorer`.
+        model_kwargs: for `AutoModelForCausalLM.from_pretrained` where `model` is a path or an id.
+
+    Raises:
+        ValueError: `vocab="seen"` (it depends on rows that a batch does not hold), and what `ForValueScorer` raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        validation_dataset: Iterable[Mapping[str, Any]],
+        config: ForValueConfig | None = None,
+        *,
+        processing_class: Any = None,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        rows: RowConfig | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ):
+        self.config = config or ForValueConfig()
+        if self.config.vocab != "full":
+            raise ValueError("vocab='seen' depends on the whole data set: use ForValueScorer.score.")
+        self._model = model
+        self._model_kwargs = dict(model_kwargs or {})
+        self._validation_dataset = validation_dataset
+        self._options: dict[str, Any] = {
+            "processing_class": processing_class,
+            "data_collator": data_collator,
+            "rows": rows,
+            "progress": False,
+        }
+        self._scorers: dict[int | None, ForValueScorer] = {}
+        self._fingerprint: str | None = None
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, list[Any]]:
+        """Score a batch of rows, given as a dict of columns. `rank` picks the device (`with_rank=True`)."""
+        columns = list(batch)
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        scores = self.scorer(rank).score(rows)
+        return {"forvalue_score": scores.values.tolist(), "forvalue_reason": list(scores.reasons)}
+
+    def scorer(self, rank: int | None = None) -> ForValueScorer:
+        """The scorer of a worker; a model given by name is loaded onto the accelerator `rank % n`, if there is one."""
+        if rank not in self._scorers:
+            model: Any = self._model
+            if isinstance(model, str):
+                model = AutoModelForCausalLM.from_pretrained(model, **self._model_kwargs)
+                accelerator = torch.accelerator.current_accelerator(check_available=True)
+                if rank is not None and accelerator is not None:
+                    model = model.to(torch.device(accelerator.type, rank % torch.accelerator.device_count()))
+            self._scorers[rank] = ForValueScorer(model, self._validation_dataset, self.config, **self._options)
+        return self._scorers[rank]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights, validation rows and config; the same in every process."""
+        if self._fingerprint is None:
+            made_of = self.scorer().made_of()
+            self._fingerprint = xxhash.xxh3_64_hexdigest(repr(sorted(made_of.items())).encode())
+        return self._fingerprint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _LIVE[self.fingerprint] = self
+        return _find, (self.fingerprint,)
+
+
+def _find(fingerprint: str) -> ForValueTransform:
+    if fingerprint not in _LIVE:
+        raise RuntimeError(
+            "a ForValueTransform cannot be sent to a process that was not forked from the one that made it. Use the "
+            "'fork' start method, or map without num_proc."
+        )
+    return _LIVE[fingerprint]

@@ -1,0 +1,249 @@
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, build_model, build_rows
+from oracles import row_gradient, score_by_autograd, score_by_double_sum
+
+from forvalue_callbacks import ForValueConfig, ForValueScorer
+from forvalue_callbacks import scorer as scorer_module
+from forvalue_callbacks.rows import RowConfig
+
+TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
+
+
+def score(model, train=TRAIN, validation=VALIDATION, rows=None, **config):
+    return ForValueScorer(model, validation, ForValueConfig(**config), rows=rows, progress=False).score(train)
+
+
+def relative(got, want):
+    """Largest error over the largest score: sums of errors of both signs are compared on one scale."""
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    return np.abs(got - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_equal_autograd_on_the_heads_weight(architecture):
+    """float64 to 1e-10, and float32 within 1e-5 of the float64 oracle."""
+    model = build_model(architecture, torch.float64)
+    want = [score_by_autograd(model, row, VALIDATION) for row in TRAIN]
+    assert relative(score(model).values, want) < 1e-10
+    assert relative(score(model.float()).values, want) < 1e-5
+
+
+def test_scores_equal_the_papers_double_sum():
+    model = build_model("llama", torch.float64)
+    pairs = [[score_by_double_sum(model, row, v) for v in VALIDATION] for row in TRAIN]
+    assert relative(score(model).values, np.mean(pairs, axis=1)) < 1e-10
+    scorer = ForValueScorer(model, VALIDATION, progress=False)
+    assert relative(scorer.pairwise(TRAIN), pairs) < 1e-10
+
+
+@pytest.mark.parametrize("fault", ["shift", "prompt"])
+def test_the_oracle_sees_a_planted_fault(fault):
+    """Labels shifted by one more, or the prompt scored too: the oracle must tell."""
+    model = build_model("llama", torch.float64)
+    want = [score_by_autograd(model, row, VALIDATION) for row in TRAIN]
+    if fault == "shift":
+        wrong = [{**row, "labels": [-100, *row["labels"][:-1]]} for row in TRAIN]
+    else:
+        wrong = [{"input_ids": row["input_ids"]} for row in TRAIN]
+    assert relative(np.nan_to_num(score(model, wrong).values), want) > 1e-2
+
+
+def test_bf16_within_its_error_budget():
+    """No worse than the model itself in bf16 under autograd, plus a tenth."""
+    exact = [score_by_autograd(build_model("llama", torch.float64), row, VALIDATION) for row in TRAIN]
+    naive = [score_by_autograd(build_model("llama", torch.bfloat16), row, VALIDATION) for row in TRAIN]
+    ours = score(build_model("llama", torch.bfloat16)).values
+    assert relative(ours, exact) <= 1.1 * relative(naive, exact)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 100_000])
+def test_scores_are_the_same_whatever_the_batch_size(tokens):
+    model = build_model()
+    assert relative(score(model, max_tokens_per_batch=tokens).values, score(model).values) < 1e-6
+
+
+def test_scores_are_the_same_whatever_the_row_order_and_the_window(monkeypatch):
+    model, order = build_model(), torch.randperm(len(TRAIN)).tolist()
+    want = score(model).values
+    assert relative(score(model, [TRAIN[i] for i in order], VALIDATION[::-1]).values, want[order]) < 1e-6
+    monkeypatch.setattr(scorer_module, "WINDOW", 3)
+    assert relative(score(model).values, want) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_scores_are_the_same_whatever_the_padding(architecture, side):
+    model = build_model(architecture)
+
+    def pad(row, n=20):
+        k = n - len(row["input_ids"])
+        padded = {}
+        for name, values, filler in (
+            ("input_ids", row["input_ids"], 0),
+            ("labels", row["labels"], -100),
+            ("attention_mask", [1] * len(row["input_ids"]), 0),
+        ):
+            padded[name] = [filler] * k + values if side == "left" else values + [filler] * k
+        return padded
+
+    assert (
+        relative(score(model, [pad(r) for r in TRAIN], [pad(r) for r in VALIDATION]).values, score(model).values)
+        < 1e-6
+    )
+
+
+def test_token_scores_sum_to_the_rows_score():
+    model = build_model()
+    scorer = ForValueScorer(model, VALIDATION, progress=False)
+    tokens, scores = scorer.token_scores(TRAIN), scorer.score(TRAIN)
+    assert [len(t) for t in tokens] == scores.n_labelled.tolist()
+    assert relative([t.sum() for t in tokens], scores.values) < 1e-12
+
+
+def test_the_log_likelihood_comes_along():
+    model = build_model("gemma2-softcap", torch.float64)
+    scores = score(model)
+    for row, got in zip(TRAIN, scores.log_likelihood, strict=True):
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
+        n = sum(label != -100 for label in row["labels"][1:])
+        assert got == pytest.approx(-float(loss) * n, rel=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["gradient", "whitened"])
+def test_normalize_divides_by_tokens_or_by_the_rows_own_norm(direction):
+    model = build_model("llama", torch.float64)
+    plain = score(model, direction=direction)
+    assert (
+        relative(score(model, direction=direction, normalize="length").values, plain.values / plain.n_labelled) < 1e-12
+    )
+    gradients = [row_gradient(model, row) for row in TRAIN]
+    scorer = ForValueScorer(model, VALIDATION, ForValueConfig(direction=direction), progress=False)
+    scorer.direction()
+    metric = scorer._metric()
+    norms = [float(((g if metric is None else g @ metric) * g).sum().sqrt()) for g in gradients]
+    cosine = score(model, direction=direction, normalize="cosine").values
+    assert relative(cosine, plain.values / norms) < 1e-10
+
+
+def test_pairwise_averages_to_the_score_and_keeps_bad_rows_as_nan():
+    model = build_model()
+    train = [TRAIN[0], {"input_ids": [5], "labels": [5]}, *TRAIN[1:]]
+    validation = [{"input_ids": [5], "labels": [5]}, *VALIDATION]
+    for direction in ("gradient", "whitened"):
+        scorer = ForValueScorer(model, validation, ForValueConfig(direction=direction), progress=False)
+        pairs, scores = scorer.pairwise(train), scorer.score(train)
+        assert pairs.shape == (len(train), len(validation))
+        assert torch.isnan(pairs[1]).all()
+        assert torch.isnan(pairs[:, 0]).all()
+        good = ~np.isnan(scores.values)
+        assert relative(pairs.nanmean(1)[torch.from_numpy(good)], scores.values[good]) < 1e-5
+
+
+def test_seen_vocabulary_is_the_score_over_the_labels_of_both_sets():
+    model = build_model("llama", torch.float64)
+    seen = sorted({t for row in TRAIN + VALIDATION for t in row["labels"][1:] if t != -100})
+    direction = torch.stack([row_gradient(model, v) for v in VALIDATION]).mean(0)
+    want = [float((direction[seen] * row_gradient(model, row)[seen]).sum()) for row in TRAIN]
+    assert relative(score(model, vocab="seen").values, want) < 1e-10
+
+
+def test_as_many_rows_out_as_in_and_a_reason_for_each_that_has_no_score():
+    rows = [
+        TRAIN[0],
+        {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]},
+        {"input_ids": list(range(3, 63)) * 2, "labels": list(range(3, 63)) * 2},
+        {"input_ids": [5, 6], "labels": [5]},
+        {"input_ids": [5, 6, 9999], "labels": [5, 6, 9999]},
+        {"input_ids": None, "labels": None},
+        TRAIN[1],
+    ]
+    scores = score(build_model(), rows, rows=RowConfig(max_length=None))
+    assert len(scores) == len(rows)
+    assert [r is None for r in scores.reasons] == [True, False, False, False, False, False, True]
+    assert np.isnan(scores.values[1:6]).all()
+    assert relative(scores.values[[0, 6]], score(build_model(), TRAIN[:2]).values) < 1e-6
+
+
+def test_non_finite_rows_get_a_reason_and_leave_their_batch_mates_alone():
+    model = build_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[66] = torch.inf
+    clean = [row for row in TRAIN + VALIDATION if 66 not in row["input_ids"]]
+    rows = [clean[0], {"input_ids": [5, 66, 7], "labels": [-100, 66, 7]}, clean[1]]
+    scores = score(model, rows, clean)
+    assert np.isnan(scores.values[1])
+    assert "non-finite" in scores.reasons[1]
+    assert np.isfinite(scores.values[[0, 2]]).all()
+    with pytest.raises(ValueError, match="not finite"):
+        score(model, TRAIN, rows)
+
+
+def test_running_out_of_memory_halves_the_batch_and_changes_no_score(monkeypatch):
+    model = build_model()
+    want = score(model).values
+    forward, seen = model.base_model.forward, []
+
+    def limited(*args, input_ids=None, **kwargs):
+        seen.append(input_ids.numel())
+        if input_ids.numel() > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model.base_model, "forward", limited)
+    assert relative(score(model).values, want) < 1e-6
+    assert max(seen) > 30
+
+    long = [{"input_ids": list(range(3, 43)), "labels": list(range(3, 43))}]
+    scores = score(model, TRAIN + long)
+    assert "out of memory with this row alone (40 tokens)" in scores.reasons[-1]
+    assert relative(scores.values[:-1], want) < 1e-6
+
+
+def test_the_model_is_left_exactly_as_found():
+    model = build_model().train()
+    model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    model(
+        input_ids=torch.tensor([TRAIN[0]["input_ids"]]), labels=torch.tensor([TRAIN[0]["input_ids"]])
+    ).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    rng = torch.get_rng_state()
+    score(model, normalize="cosine", direction="whitened")
+    assert torch.equal(rng, torch.get_rng_state())
+    assert modes == [m.training for m in model.modules()]
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert all(torch.equal(g, p.grad) for g, p in zip(gradients, model.parameters(), strict=True))
+    assert not any(p.is_inference() for p in [*model.parameters(), *model.buffers()])
+
+
+def test_fingerprints_change_with_what_makes_the_scores_and_with_nothing_else():
+    model = build_model()
+    base = score(model).metadata["made_of"]
+    assert score(model, max_tokens_per_batch=17).metadata["made_of"] == base
+    changed = {
+        "data": score(model, TRAIN[1:]),
+        "validation": score(model, validation=VALIDATION[1:]),
+        "config": score(model, normalize="length"),
+        "weights": score(build_model(seed=1)),
+    }
+    for part, scores in changed.items():
+        assert {k for k, v in scores.metadata["made_of"].items() if v != base[k]} == {part}
+
+
+def test_bad_settings_say_what_would_be_right():
+    with pytest.raises(ValueError, match=r"direction='newton'.*gradient"):
+        ForValueConfig(direction="newton")
+    with pytest.raises(ValueError, match="no validation row can be scored"):
+        score(build_model(), validation=[{"input_ids": [5], "labels": [5]}])
+    with pytest.raises(ValueError, match="pairwise"):
+        ForValueScorer(build_model(), VALIDATION, ForValueConfig(normalize="length")).pairwise(TRAIN)
+
+
+def test_an_empty_data_set_gives_no_scores():
+    assert len(score(build_model(), [])) == 0
