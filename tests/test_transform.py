@@ -1,0 +1,98 @@
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import build_model, build_rows
+from datasets import Dataset, IterableDataset
+
+from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueTransform
+
+TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
+
+
+def test_map_adds_the_scores_of_the_scorer_whatever_the_batch_size():
+    model = build_model()
+    want = ForValueScorer(model, VALIDATION, progress=False).score(TRAIN).values
+    for size in (5, 1000):
+        mapped = Dataset.from_list(TRAIN).map(ForValueTransform(model, VALIDATION), batched=True, batch_size=size)
+        assert np.allclose(mapped["forvalue_score"], want, rtol=1e-5, atol=1e-6)
+        assert mapped["input_ids"] == [row["input_ids"] for row in TRAIN]
+
+
+def test_rows_without_a_score_keep_their_place_and_their_reason():
+    rows = [TRAIN[0], {"input_ids": [5], "labels": [5]}, TRAIN[1]]
+    mapped = Dataset.from_list(rows).map(ForValueTransform(build_model(), VALIDATION), batched=True)
+    assert np.isnan(mapped["forvalue_score"]).tolist() == [False, True, False]
+    assert "no labelled tokens" in mapped["forvalue_reason"][1]
+
+
+def test_streams_are_scored_as_they_come():
+    stream = IterableDataset.from_generator(lambda: iter(TRAIN)).map(
+        ForValueTransform(build_model(), VALIDATION), batched=True, batch_size=4
+    )
+    want = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN).values
+    assert np.allclose([row["forvalue_score"] for row in stream], want, rtol=1e-5, atol=1e-6)
+
+
+def test_worker_processes_give_the_same_column():
+    mapped = Dataset.from_list(TRAIN).map(
+        ForValueTransform(build_model(), VALIDATION), batched=True, num_proc=2, with_rank=True
+    )
+    want = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN).values
+    assert np.allclose(mapped["forvalue_score"], want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_that_never_made_the_transform_says_what_to_do():
+    data = pickle.dumps(ForValueTransform(build_model(), VALIDATION))
+    code = f"import pickle; pickle.loads({data!r})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "not forked" in out.stderr
+
+
+def test_the_seen_vocabulary_needs_more_than_a_batch():
+    with pytest.raises(ValueError, match=r"ForValueScorer\.score"):
+        ForValueTransform(build_model(), VALIDATION, ForValueConfig(vocab="seen"))
+
+
+# A fresh process that maps a data set from disk and says whether it computed anything.
+MAP = """
+import sys, peft
+sys.path.insert(0, {tests!r})
+from conftest import build_model, build_rows
+from datasets import load_from_disk
+from forvalue_callbacks import ForValueConfig, ForValueTransform
+
+model = build_model(seed={seed})
+if {adapter}:
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+transform = ForValueTransform(model, build_rows(5, seed={validation}), ForValueConfig(normalize={normalize!r}))
+calls = []
+call = ForValueTransform.__call__
+ForValueTransform.__call__ = lambda self, *args: (calls.append(1), call(self, *args))[1]
+load_from_disk({data!r}).map(transform, batched=True)
+print("computed" if calls else "cached", transform.fingerprint)
+"""
+
+
+def test_the_cache_serves_a_second_process_until_something_changes(tmp_path):
+    Dataset.from_list(TRAIN).save_to_disk(str(tmp_path / "data"))
+
+    def run(**changes):
+        settings = {"seed": 0, "adapter": False, "validation": 2, "normalize": "none", **changes}
+        code = MAP.format(tests=str(Path(__file__).parent), data=str(tmp_path / "data"), **settings)
+        env = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+        return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=env).stdout
+
+    first = run().split()
+    assert first[0] == "computed"
+    assert run().split() == ["cached", first[1]]
+    changed = [
+        run(**change).split()
+        for change in ({"seed": 1}, {"adapter": True}, {"validation": 3}, {"normalize": "length"})
+    ]
+    assert [word for word, _ in changed] == ["computed"] * 4
+    assert len({first[1], *(fingerprint for _, fingerprint in changed)}) == 5
