@@ -365,7 +365,8 @@ class ForValueScorer:
             try:
                 batch = self.data_collator([example])
             except Exception as error:  # whatever a user's collator finds wrong with a row is the row's reason
-                yield _Item(index, Row.unscorable(f"data_collator: {type(error).__name__}: {error}")), str(error)
+                row = Row.unscorable(f"the data_collator fails: {type(error).__name__}: {error}")
+                yield _Item(index, row), row.reason
                 continue
             if set(batch) <= {"input_ids", "attention_mask", "labels", "position_ids"}:
                 row = self.prepare({k: v[0] for k, v in batch.items() if k != "position_ids"})

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+
 from forvalue_callbacks import core
 
 V, D, T, T2 = 37, 8, 11, 13

@@ -2,8 +2,9 @@ import peft
 import pytest
 import torch
 from conftest import ARCHITECTURES, VOCAB, build_model, build_rows
-from forvalue_callbacks.head import Backbone, left_as_found
 from oracles import row_gradient
+
+from forvalue_callbacks.head import Backbone, left_as_found
 
 
 def batch(padding="right"):

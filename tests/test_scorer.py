@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ARCHITECTURES, build_model, build_rows
 from oracles import row_gradient, score_by_autograd, score_by_double_sum
 
@@ -247,3 +248,47 @@ def test_bad_settings_say_what_would_be_right():
 
 def test_an_empty_data_set_gives_no_scores():
     assert len(score(build_model(), [])) == 0
+
+
+def llava():
+    """A VLM of a few thousand parameters, rows with an image each, and the collator that makes its inputs."""
+    torch.manual_seed(0)
+    text = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", **text, "num_attention_heads": 4},
+        vision_config={"model_type": "clip_vision_model", **vision, "num_attention_heads": 2},
+        image_token_index=66,
+        image_seq_length=4,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).double().eval()
+    rows = [{"image": torch.randn(3, 8, 8).tolist(), "text": list(range(3 + i, 9 + i))} for i in range(10)]
+
+    def collate(examples):
+        ids = torch.tensor([[66] * 4 + example["text"] for example in examples])
+        labels = torch.where(torch.arange(ids.shape[1]) < 7, -100, ids)
+        pixels = torch.tensor([example["image"] for example in examples], dtype=torch.float64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+
+    return model, rows, collate
+
+
+def test_vlm_rows_go_through_the_collator_and_equal_autograd():
+    model, rows, collate = llava()
+    weight = model.get_output_embeddings().weight
+
+    def gradient(row):
+        batch = collate([row])
+        labels = batch.pop("labels")
+        log_p = model(**batch).logits[0, :-1].log_softmax(-1)
+        keep = labels[0, 1:] != -100
+        return torch.autograd.grad(log_p[keep].gather(1, labels[0, 1:][keep][:, None]).sum(), weight)[0]
+
+    direction = torch.stack([gradient(row) for row in rows[6:]]).mean(0)
+    scorer = ForValueScorer(model, rows[6:], data_collator=collate, progress=False)
+    assert (
+        relative(scorer.score(rows[:6]).values, [float((direction * gradient(row)).sum()) for row in rows[:6]]) < 1e-10
+    )
+    with_bad_row = scorer.score([rows[0], {"image": None, "text": [3, 4]}, rows[1]])
+    assert "data_collator" in with_bad_row.reasons[1]
+    assert relative(with_bad_row.values[[0, 2]], scorer.score(rows[:2]).values) < 1e-10

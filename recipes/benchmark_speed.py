@@ -1,0 +1,180 @@
+"""What scoring costs beside the evaluation pass that everyone runs: medians and ratios, side by side in one run.
+
+    python recipes/benchmark_speed.py --shape smollm-135m --rows 32 --repeats 3
+    python recipes/benchmark_speed.py --shape smollm-135m --rows 32 --memory true
+
+Random weights of the true shape (times do not depend on the values), float32 on a CPU, bfloat16 on an accelerator.
+
+    backbone   forward without the head: the floor
+    bound      floor plus two products of the labelled positions with the head: the least that an exact score costs
+    scorer     ForValueScorer.score
+    evaluation model(**batch) with loss: what an evaluation pass computes
+    trainer    Trainer.evaluate()
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from forvalue_callbacks import ForValueConfig, ForValueScorer
+
+SHAPES = {
+    "tiny": {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "vocab_size": 2048,
+    },
+    "smollm-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+}
+ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer")
+
+
+@dataclass
+class BenchmarkConfig:
+    shape: str = field(default="smollm-135m", metadata={"help": f"One of {sorted(SHAPES)}."})
+    rows: int = field(default=32, metadata={"help": "Rows scored."})
+    length: int = field(default=256, metadata={"help": "Tokens in each row."})
+    labelled: float = field(default=0.5, metadata={"help": "Share of the tokens that are labelled."})
+    validation_rows: int = field(default=4, metadata={"help": "Rows of the validation set (not timed)."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per forward pass, in every arm."})
+    repeats: int = field(default=3, metadata={"help": "Times every arm is run; medians are printed."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights and rows."})
+    memory: bool = field(default=False, metadata={"help": "Peak memory of each arm, in a process each, not time."})
+    arm: str | None = field(default=None, metadata={"help": "Run this arm once and print its peak memory (internal)."})
+
+
+def build(config: BenchmarkConfig) -> tuple[LlamaForCausalLM, list[dict[str, list[int]]]]:
+    torch.manual_seed(config.seed)
+    device = torch.accelerator.current_accelerator(check_available=True)
+    dtype = torch.float32 if device is None else torch.bfloat16
+    shape = {**SHAPES[config.shape], "max_position_embeddings": 2048}
+    model = LlamaForCausalLM(LlamaConfig(**shape)).to(dtype=dtype, device=device or "cpu").eval()
+    ids = torch.randint(3, shape["vocab_size"], (config.rows + config.validation_rows, config.length)).tolist()
+    prompt = round(config.length * (1 - config.labelled))
+    return model, [{"input_ids": row, "labels": [-100] * prompt + row[prompt:]} for row in ids]
+
+
+def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
+    """Each arm as a function that does the whole pass over the rows once."""
+    model, rows = build(config)
+    train, validation = rows[: config.rows], rows[config.rows :]
+    batches = [
+        {k: torch.tensor([row[k] for row in train[i : i + config.batch_size]], device=model.device) for k in train[0]}
+        for i in range(0, len(train), config.batch_size)
+    ]
+    settings = ForValueConfig(max_tokens_per_batch=config.batch_size * config.length)
+    scorer = ForValueScorer(model, validation, settings, progress=False)
+    weight = model.get_output_embeddings().weight.detach()
+
+    def hidden_states():
+        for batch in batches:
+            hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
+            yield hidden[batch["labels"][:, 1:] != -100]
+
+    def bound():
+        for hidden in hidden_states():
+            for lo in range(0, len(weight), 2048):  # in blocks: T x V must not be held
+                _ = hidden @ weight[lo : lo + 2048].T
+                _ = hidden @ weight[lo : lo + 2048].T
+
+    def collate(examples):
+        return {k: torch.tensor([row[k] for row in examples]) for k in examples[0]}
+
+    trainer_args = TrainingArguments(
+        output_dir="outputs/benchmark",
+        per_device_eval_batch_size=config.batch_size,
+        prediction_loss_only=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    return {
+        "backbone": lambda: [None for _ in hidden_states()],
+        "bound": bound,
+        "scorer": lambda: (scorer.direction(), scorer.score(train)),
+        "evaluation": lambda: [float(model(**batch, use_cache=False).loss) for batch in batches],
+        "trainer": lambda: Trainer(model, args=trainer_args, data_collator=collate).evaluate(train),
+    }
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure_time(config: BenchmarkConfig) -> dict[str, float]:
+    runs = arms(config)
+    for run in runs.values():  # warm up; the direction is computed here
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(config.repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measure_memory(config: BenchmarkConfig) -> dict[str, float]:
+    """Peak resident memory of a process that runs one arm, MiB."""
+    peaks = {}
+    for name in ARMS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--arm", name]
+        peaks[name] = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+    return peaks
+
+
+@torch.no_grad()
+def main(config: BenchmarkConfig) -> dict[str, float]:
+    if config.arm is not None:
+        arms(config)[config.arm]()
+        print(json.dumps(peak_mib()))
+        return {}
+    where = torch.accelerator.current_accelerator(check_available=True) or f"CPU, {torch.get_num_threads()} threads"
+    print(f"{config.shape}, {config.rows} rows of {config.length} tokens, {config.labelled:.0%} labelled, {where}")
+    if config.memory:
+        peaks = measure_memory(config)
+        shape = SHAPES[config.shape]
+        head = shape["vocab_size"] * shape["hidden_size"] * 4 / 2**20
+        print("| arm | peak MiB |\n|---|---|\n" + "\n".join(f"| {k} | {v:.0f} |" for k, v in peaks.items()))
+        print(
+            f"allowed for the scorer: evaluation + two heads of {head:.0f} MiB = {peaks['evaluation'] + 2 * head:.0f}"
+        )
+        return peaks
+    medians = measure_time(config)
+    print("| arm | seconds | scorer / arm |\n|---|---|---|")
+    for name, value in medians.items():
+        print(f"| {name} | {value:.2f} | {medians['scorer'] / value:.2f} |")
+    return medians
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(BenchmarkConfig).parse_args_into_dataclasses())

@@ -1,0 +1,131 @@
+"""What is written down runs: README blocks, examples, recipes."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from trl import TrlParser
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RECIPES = {
+    "benchmark_speed": ["--shape", "tiny", "--rows", "2", "--length", "8", "--validation_rows", "2", "--repeats", "1"],
+    "demo": ["--rows", "40", "--epochs", "0.1", "--output_dir", "out"],
+    "prefilter_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
+    "reweight_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
+}
+# Run by tests of their own.
+ELSEWHERE = {"pretrain_tiny", "compare_influence"}
+# Modules that recipes share, not scripts.
+SHARED = {"data", "influence_tasks"}
+
+
+def test_every_recipe_is_known_here():
+    found = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    assert found == set(RECIPES) | (ELSEWHERE & found) | (SHARED & found)
+    assert set(RECIPES) <= found
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert f"recipes/{path.name}" in path.read_text().splitlines()[0], (
+            "a config names its command in its first line"
+        )
+        assert path.with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
+    config = ROOT / "recipes" / f"{name}.yaml"
+    arguments = (["--config", str(config)] if config.is_file() else []) + RECIPES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    if name == "demo":
+        assert out.count("\n| ") == 6
+        assert {"scores.png", "scores.parquet", "table.md"} <= {path.name for path in Path("out").iterdir()}
+    if name == "prefilter_sft":
+        report = json.loads(Path("out/report.json").read_text())
+        assert report["rows"] == 40
+        assert report["kept"] == 32
+        assert 0 <= report["auc_clean_against_noisy"] <= 1
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run_and_stay_short(path, tmp_path, monkeypatch):
+    assert len(path.read_text().splitlines()) < 60
+    (tmp_path / "outputs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def test_there_are_three_examples():
+    assert len(EXAMPLES) == 3
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from forvalue_callbacks import TINY_MODEL
+    from forvalue_callbacks.tiny import instructions
+
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    names = {
+        "SFTTrainer": SFTTrainer,
+        "SFTConfig": lambda *_: SFTConfig(output_dir="out", max_steps=1, bf16=False, report_to=[], save_strategy="no"),
+        "model": AutoModelForCausalLM.from_pretrained(TINY_MODEL),
+        "train": instructions(20, seed=0),
+        "validation": instructions(5, seed=1),
+    }
+    for block in blocks:
+        exec(block, names)
+    assert names["trainer"].state.global_step == 1
+
+
+def test_the_readmes_tree_names_every_module():
+    text = (ROOT / "README.md").read_text()
+    for path in (ROOT / "forvalue_callbacks").glob("*.py"):
+        assert path.name == "__init__.py" or f"  {path.name} " in text, path.name
+
+
+def test_every_setting_has_help():
+    from forvalue_callbacks.rows import RowConfig
+    from forvalue_callbacks.scorer import ForValueConfig
+
+    configs = [ForValueConfig, RowConfig]
+    sys.path.insert(0, str(ROOT / "recipes"))
+    for path in (ROOT / "recipes").glob("*.py"):
+        module = runpy.run_path(str(path), run_name="looked_at")
+        configs += [
+            c for c in module.values() if is_dataclass(c) and isinstance(c, type) and c.__module__ == "looked_at"
+        ]
+    assert len(configs) > 5
+    for config in configs:
+        for spec in fields(config):
+            assert spec.metadata.get("help"), f"{config.__name__}.{spec.name}"
+
+
+def test_one_parser_takes_our_config_beside_those_of_trl():
+    from trl import ModelConfig, SFTConfig
+
+    from forvalue_callbacks import ForValueConfig
+
+    arguments = ["--direction", "whitened", "--output_dir", "x", "--max_length", "7", "--model_name_or_path", "m"]
+    scoring, training, model = TrlParser((ForValueConfig, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
+    assert (scoring.direction, training.max_length, model.model_name_or_path) == ("whitened", 7, "m")
+
+
+def test_the_public_names_are_all_there():
+    code = (
+        "import forvalue_callbacks as f; print([n for n in f.__all__ if getattr(f, n) is None] or sorted(f.__all__))"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], text=True)
+    for name in ("ForValueCallback", "ForValueScorer", "ForValueTransform", "prefilter", "Drop"):
+        assert name in out
