@@ -83,10 +83,11 @@ class Backbone:
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
         mask = inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all()) and "position_ids" not in inputs:
-            # Padded on the left: learned positions must count from the first real token.
-            if "position_ids" in inspect.signature(self.causal.base_model.forward).parameters:
-                inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        takes_positions = "position_ids" in inspect.signature(self.causal.base_model.forward).parameters
+        padded_left = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
+        if padded_left and takes_positions and "position_ids" not in inputs:
+            # Learned positions count from the first real token.
+            inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         return inputs
 
     def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
