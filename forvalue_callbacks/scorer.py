@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import core
+from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found, whole
 from .rows import Row, RowConfig, RowPreparer, needs_collator
 from .scores import ForValueScores
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 WINDOW = 4096
 # Rows per batch where a data collator makes the batch (images), whose token count nobody knows before.
 COLLATED_ROWS = 8
+# Share of the mean diagonal that is added to the second moment before it is inverted.
+WHITENING_RIDGE = 0.01
 OVERFLOW = "hidden states or logits overflow; try forward_dtype='bfloat16' or float32 weights"
 
 
@@ -40,9 +43,11 @@ class ForValueConfig:
     direction: str = field(
         default="gradient",
         metadata={
-            "help": "Direction in which the head moves: 'gradient' (For-Value as published, arXiv 2508.10180), or "
-            "'whitened' (the same times the inverse second moment of the hidden states).",
-            "choices": ["gradient", "whitened"],
+            "help": "How the validation rows move the head. 'gradient': along their mean gradient (For-Value as "
+            "published, arXiv 2508.10180). 'whitened': that times the inverse second moment of the hidden states. "
+            "'fitted': to the head fitted on them; the score is a row's log-likelihood after minus before. "
+            "'fitted_likelihood': the same head; the score is the log-likelihood after.",
+            "choices": ["gradient", "whitened", "fitted", "fitted_likelihood"],
         },
     )
     normalize: str = field(
@@ -75,8 +80,15 @@ class ForValueConfig:
             choices = spec.metadata.get("choices")
             if choices is not None and getattr(self, spec.name) not in choices:
                 raise ValueError(f"{spec.name}={getattr(self, spec.name)!r}: choose one of {choices}.")
+        if self.fits_head and (self.normalize == "cosine" or self.vocab != "full"):
+            raise ValueError(f"direction={self.direction!r} needs normalize='none' or 'length', and vocab='full'.")
         if self.max_tokens_per_batch < 1:
             raise ValueError(f"max_tokens_per_batch={self.max_tokens_per_batch}: must be at least 1.")
+
+    @property
+    def fits_head(self) -> bool:
+        """Whether the head takes a finite step, to where it is fitted."""
+        return self.direction.startswith("fitted")
 
 
 @dataclass
@@ -164,6 +176,7 @@ class ForValueScorer:
         self._made_of: dict[str, str] | None = None
         self._max_tokens = self.config.max_tokens_per_batch
         self._direction: Tensor | None = None
+        self.fit: Fit | None = None  # how the head was fitted, with "fitted" and "fitted_likelihood"
         self._second_moment: Tensor | None = None
         self._validation_items: list[_Item] | None = None
 
@@ -172,7 +185,7 @@ class ForValueScorer:
     def score(self, dataset: Iterable[Mapping[str, Any]]) -> ForValueScores:
         """One score per row, in row order; NaN and a reason where a row cannot be scored.
 
-        Units: nats of log-likelihood per unit step along the direction; per labelled token with
+        Units: nats of log-likelihood, per unit step along "gradient" and "whitened"; per labelled token with
         `normalize="length"`, per unit of gradient norm with "cosine".
         """
         with left_as_found(self.backbone.model):
@@ -180,7 +193,7 @@ class ForValueScorer:
             metric = self._metric()
 
             def score(batch: Labelled) -> list[tuple[float, float, int]]:
-                score_T, log_p_T = core.score_tokens(head, direction, batch.hidden_TD, batch.labels_T)
+                score_T, log_p_T = self._score_tokens(head, direction, batch)
                 values, log_p = batch.sum(score_T), batch.sum(log_p_T)
                 if self.config.normalize == "length":
                     values = values / np.array(batch.lengths)
@@ -214,7 +227,7 @@ class ForValueScorer:
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
 
             def score(batch: Labelled) -> list[Tensor]:
-                score_T, _ = core.score_tokens(head, direction, batch.hidden_TD, batch.labels_T)
+                score_T, _ = self._score_tokens(head, direction, batch)
                 return list(score_T.double().cpu().split(batch.lengths))
 
             results, reasons, _ = self._map(dataset, score, "scoring tokens")
@@ -226,8 +239,10 @@ class ForValueScorer:
         `pairwise(...).nanmean(1)` equals `score(...).values` with `normalize="none"`. NaN for rows of either side that
         cannot be scored. The validation set's labelled hidden states are kept in memory: tokens x d.
         """
-        if self.config.normalize != "none" or self.config.vocab != "full":
-            raise ValueError("pairwise scores are defined for normalize='none' and vocab='full'.")
+        if self.config.normalize != "none" or self.config.vocab != "full" or self.config.fits_head:
+            raise ValueError(
+                "pairwise scores are defined for direction='gradient' or 'whitened', normalize='none', vocab='full'."
+            )
         with left_as_found(self.backbone.model):
             head = self.backbone.head()
             self.direction()  # prepares and checks what follows, the metric included
@@ -259,7 +274,7 @@ class ForValueScorer:
         return out
 
     def direction(self) -> Tensor:
-        """The direction D of the head, float32 (V, d) (float64 for a float64 model), computed once."""
+        """How the head moves, float32 (V, d) (float64 for a float64 model), computed once: D, or the fitted move."""
         if self._direction is None:
             with left_as_found(self.backbone.model):
                 self._direction = self._fit()
@@ -281,6 +296,13 @@ class ForValueScorer:
         """Hash of rows as the model sees them: what `metadata["made_of"]["data"]` is after scoring them."""
         return _digest("".join(_hash_item(item) for item, _ in self._items(dataset)))
 
+    def _score_tokens(self, head: core.Head, direction: Tensor, batch: Labelled) -> tuple[Tensor, Tensor]:
+        """Score and log-likelihood of each labelled position, (T,) both."""
+        if not self.config.fits_head:
+            return core.score_tokens(head, direction, batch.hidden_TD, batch.labels_T)
+        gain_T, log_p_T = core.gain_tokens(head, direction, batch.hidden_TD, batch.labels_T)
+        return (gain_T if self.config.direction == "fitted" else gain_T + log_p_T), log_p_T
+
     # ---- the validation side ----
 
     def _validation(self) -> list[_Item]:
@@ -300,11 +322,18 @@ class ForValueScorer:
         return self._validation_items
 
     def _fit(self) -> Tensor:
-        """Mean gradient over the validation rows, times the inverse second moment if asked for."""
+        """Mean gradient over the validation rows, times the inverse second moment if asked for; or the fitted move."""
         items = self._validation()
         shortest = min(items, key=lambda item: item.tokens)
         self.backbone.check(self._collate([shortest]))
         head = self.backbone.head()
+        if self.config.fits_head:
+            # Every rank fits for itself: validation sets are small, and the same fit needs no exchange.
+            positions = _concatenate(list(self._labelled(items, "validation", all_ranks=True)))
+            self.fit = fit_head(head, positions.hidden_TD, positions.labels_T, positions.rows_T)
+            if self.fit.ridge == np.inf:
+                logger.warning("no move of the head predicts held-out validation rows better: use another direction")
+            return self.fit.move_VD
         dtype = core.working_dtype(head.weight)
         total_VD = torch.zeros(head.weight.shape, dtype=dtype, device=head.weight.device)
         whiten = self.config.direction == "whitened"
@@ -335,7 +364,7 @@ class ForValueScorer:
         """M of `<h, M h'>`: inverse of the ridged second moment for "whitened", None (the identity) otherwise."""
         if self._second_moment is None:
             return None
-        ridge = 0.1 * self._second_moment.diagonal().mean()
+        ridge = WHITENING_RIDGE * self._second_moment.diagonal().mean()
         eye = torch.eye(len(self._second_moment), dtype=torch.float64, device=self._second_moment.device)
         return torch.cholesky_inverse(torch.linalg.cholesky(self._second_moment + ridge * eye))
 

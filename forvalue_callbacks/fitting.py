@@ -1,0 +1,153 @@
+"""A head fitted on the validation rows from their hidden states: the finite step that `whitened` takes the start of.
+
+Imports torch and nothing else of the stack; notation of `core.py`, and S the tokens seen as labels in validation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .core import TOKEN_TILE, VOCAB_BLOCK, Head, _blocks, _OnlineSoftmax, working_dtype
+
+RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+FOLDS = 5
+ITERATIONS = 25
+# The fit is for a few thousand numbers per token seen; more positions than this would cost time and change little.
+MAX_POSITIONS = 8192
+# Added to the eigenvalues of the second moment, as a share of their mean.
+FLOOR = 1e-2
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The move of the head, and what it was chosen by.
+
+    Args:
+        move_VD: float32 (V, D), zero in the rows of tokens that are no label in validation.
+        ridge: the one with the best held-out likelihood; inf where no move at all was best.
+        curve: held-out log-likelihood per position for each ridge tried, inf for the model's own head.
+    """
+
+    move_VD: Tensor
+    ridge: float
+    curve: dict[float, float]
+
+
+def fit_head(head: Head, hidden_TD: Tensor, labels_T: Tensor, rows_T: Tensor, seed: int = 0) -> Fit:
+    """The head that predicts the validation rows best without learning them by heart.
+
+    Maximises over M (S, D), for z = h C^(-1/4) with C the second moment of the hidden states (a ridge half way between
+    one on the weights and one on the change of the logits)::
+
+        sum_t log softmax(transform(W h_t + b + M z_t))[y_t]  -  ridge / 2 * ||M||^2
+
+    Only the rows of tokens that are labels somewhere in validation move; the mass of all others stays in the
+    normaliser, so the likelihood is that of the whole vocabulary. The ridge is the one with the best likelihood of
+    held-out rows in 5-fold cross-validation over rows, "no move" among the candidates: a small validation set is not
+    learned by heart.
+
+    Args:
+        hidden_TD, labels_T: labelled positions of the validation rows.
+        rows_T: the row of each position; folds never split a row.
+    """
+    dtype = working_dtype(head.weight, hidden_TD)
+    generator = torch.Generator().manual_seed(seed)
+    if len(labels_T) > MAX_POSITIONS:
+        chosen = torch.randperm(len(labels_T), generator=generator)[:MAX_POSITIONS].sort().values.to(labels_T.device)
+        hidden_TD, labels_T, rows_T = hidden_TD[chosen], labels_T[chosen], rows_T[chosen]
+    hidden_TD = hidden_TD.to(dtype)
+    seen_S, target_T = labels_T.unique(return_inverse=True)
+    small = replace(head, weight=head.weight[seen_S], bias=None if head.bias is None else head.bias[seen_S])
+    rest_T = _rest_log_normalizer(head, seen_S, hidden_TD)
+    spread_DD = _inverse_fourth_root(hidden_TD)
+    problem = _Problem(small, hidden_TD, hidden_TD @ spread_DD, target_T, rest_T)
+
+    rows = rows_T.unique()
+    folds = min(FOLDS, len(rows))
+    fold_of_row = torch.randperm(len(rows), generator=generator).to(rows.device) % max(folds, 1)
+    fold_T = fold_of_row[torch.searchsorted(rows, rows_T)]
+    everywhere = torch.ones_like(fold_T, dtype=torch.bool)
+    zero = hidden_TD.new_zeros(len(seen_S), hidden_TD.shape[1])
+    curve = {torch.inf: problem.log_likelihood(zero, everywhere) / len(labels_T)}
+    if folds > 1:
+        totals = dict.fromkeys(RIDGES, 0.0)
+        for fold in range(folds):
+            move = zero
+            for ridge in RIDGES:  # from stiff to loose, each started where the last one ended
+                move = problem.fit(move, ridge, fold_T != fold)
+                totals[ridge] += problem.log_likelihood(move, fold_T == fold)
+        curve |= {ridge: total / len(labels_T) for ridge, total in totals.items()}
+    best = max(curve, key=lambda ridge: curve[ridge])
+    move_VD = torch.zeros_like(head.weight, dtype=dtype)
+    if best != torch.inf:
+        move = zero
+        for ridge in RIDGES[: RIDGES.index(best) + 1]:
+            move = problem.fit(move, ridge, everywhere)
+        move_VD[seen_S] = move @ spread_DD.T
+    return Fit(move_VD, best, curve)
+
+
+class _Problem:
+    """The likelihood of some positions as a function of M, (S, D)."""
+
+    def __init__(self, head: Head, hidden_TD: Tensor, z_TD: Tensor, target_T: Tensor, rest_T: Tensor):
+        self.head, self.hidden_TD, self.z_TD, self.target_T, self.rest_T = head, hidden_TD, z_TD, target_T, rest_T
+
+    def _log_p(self, move_SD: Tensor, at: Tensor) -> Tensor:
+        linear = self.head.linear(self.hidden_TD[at], slice(None)) + self.z_TD[at] @ move_SD.T
+        scaled = linear * self.head.scale
+        logits = scaled if self.head.softcap is None else self.head.softcap * (scaled / self.head.softcap).tanh()
+        own = logits.gather(1, self.target_T[at][:, None])[:, 0]
+        return own - torch.logaddexp(logits.logsumexp(-1), self.rest_T[at])
+
+    def log_likelihood(self, move_SD: Tensor, where_T: Tensor) -> float:
+        places = where_T.nonzero()[:, 0]
+        with torch.no_grad():
+            return sum(float(self._log_p(move_SD, at).double().sum()) for at in places.split(TOKEN_TILE))
+
+    def fit(self, start_SD: Tensor, ridge: float, where_T: Tensor) -> Tensor:
+        """L-BFGS from a start; the gradient is of this small problem only, never through the network."""
+        move = start_SD.clone().requires_grad_(True)
+        places = where_T.nonzero()[:, 0].split(TOKEN_TILE)
+        optimizer = torch.optim.LBFGS([move], max_iter=ITERATIONS, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                loss = 0.5 * ridge * move.square().sum()
+                loss.backward()
+                total = loss.item()
+                for at in places:
+                    part = -self._log_p(move, at).sum()
+                    part.backward()
+                    total += part.item()
+            return total
+
+        optimizer.step(closure)
+        return move.detach()
+
+
+def _rest_log_normalizer(head: Head, seen_S: Tensor, hidden_TD: Tensor) -> Tensor:
+    """log sum exp of the logits of all tokens that are not seen, (T,)."""
+    seen_V = torch.zeros(head.vocab_size, dtype=torch.bool, device=hidden_TD.device)
+    seen_V[seen_S] = True
+    out = []
+    for hidden in hidden_TD.split(TOKEN_TILE):
+        fold = _OnlineSoftmax(hidden[:, 0])
+        for block in _blocks(head.vocab_size, VOCAB_BLOCK):
+            unseen = ~seen_V[block]
+            if unseen.any():
+                fold.fold(head.logits(hidden, block)[:, unseen])
+        out.append(fold.log_normalizer())
+    return torch.cat(out)
+
+
+def _inverse_fourth_root(hidden_TD: Tensor) -> Tensor:
+    """C^(-1/4) for the second moment C of the hidden states, scaled so that z has unit mean square, (D, D)."""
+    hidden = hidden_TD.double()
+    values, vectors = torch.linalg.eigh(hidden.T @ hidden / len(hidden))
+    root = (vectors * (values.clamp(min=0) + FLOOR * values.mean()) ** -0.25) @ vectors.T
+    return (root / (hidden @ root).square().mean().sqrt()).to(hidden_TD.dtype)
