@@ -2,10 +2,10 @@
 
     make demo        or        python recipes/demo.py --noise 0.3 --seed 0
 
-1,000 instruction rows, 30 % of them with a wrong answer, are scored against 200 clean held-out rows. Then the tiny
-model is fine-tuned with LoRA through `SFTTrainer` and `ForValueCallback`, five times from one start and for as many
-steps: on all rows, without a random share, without the worst rows, with all rows reweighted, and on the clean rows
-alone (which nobody knows in practice). One table, one picture.
+1,000 instruction rows, 30 % of them with a wrong answer, are scored against 200 clean held-out rows: along the
+published direction and two more. Then the tiny model is fine-tuned with LoRA through `SFTTrainer` and
+`ForValueCallback`, from one start and for as many steps each: on all rows, without a random share, without the worst
+rows, with all rows reweighted, and on the clean rows alone (which nobody knows in practice).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
@@ -37,14 +38,16 @@ from forvalue_callbacks import (
 )
 from forvalue_callbacks.tiny import instructions
 
+# As published first; the last one is what the fine-tuning drops and reweights by.
+DIRECTIONS = ("gradient", "whitened", "fitted_likelihood")
+
 
 @dataclass
 class DemoConfig:
     model: str = field(default=str(TINY_MODEL), metadata={"help": "Path or hub id of the model."})
     rows: int = field(default=1000, metadata={"help": "Training rows."})
     noise: float = field(default=0.3, metadata={"help": "Share of them with a wrong answer; as many are dropped."})
-    direction: str = field(default="gradient", metadata={"help": "ForValueConfig.direction"})
-    epochs: float = field(default=3.0, metadata={"help": "Epochs of each fine-tuning."})
+    epochs: float = field(default=2.0, metadata={"help": "Epochs of each fine-tuning."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of LoRA."})
     seed: int = field(default=0, metadata={"help": "Seed of the rows and of the training."})
     output_dir: str = field(default="outputs/demo", metadata={"help": "Where scores, table and picture go."})
@@ -68,7 +71,7 @@ def make_trainer(config: DemoConfig, train: Dataset, test: Dataset, callbacks=()
         disable_tqdm=True,
         seed=config.seed,
     )
-    return SFTTrainer(
+    trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32),
         args=args,
         train_dataset=train,
@@ -77,6 +80,8 @@ def make_trainer(config: DemoConfig, train: Dataset, test: Dataset, callbacks=()
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
         callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)  # the tables say it
+    return trainer
 
 
 @torch.no_grad()
@@ -90,18 +95,10 @@ def accuracy(trainer: SFTTrainer) -> float:
     return float(np.mean(right))
 
 
-def report_found(scores: ForValueScores, rows: Dataset, weights: np.ndarray) -> None:
-    """What the scores say of the truth."""
-    noisy, answers = np.array(rows["is_noisy"]), np.array(rows["answer"])
-    print(f"AUC of clean against noisy rows                {roc_auc_score(~noisy, scores.values):.3f}")
-    per_answer = [
-        roc_auc_score(~noisy[answers == a], scores.values[answers == a])
-        for a in set(answers.tolist())
-        if 0 < noisy[answers == a].sum() < (answers == a).sum()
-    ]
-    print(f"the same within rows of one observed answer    {np.mean(per_answer):.3f}  (0.5 is chance)")
-    print(f"share of noisy rows among the dropped          {noisy[weights == 0].mean():.3f}")
-    print(f"share of noisy rows in all rows                {noisy.mean():.3f}")
+def within_answers(scores: np.ndarray, noisy: np.ndarray, answers: np.ndarray) -> float:
+    """Mean AUC of clean against noisy among rows of one observed answer, where matching the answer is no help."""
+    groups = [answers == answer for answer in set(answers.tolist())]
+    return float(np.mean([roc_auc_score(~noisy[g], scores[g]) for g in groups if 0 < noisy[g].sum() < g.sum()]))
 
 
 def constant_scores(values: np.ndarray) -> ForValueScores:
@@ -110,7 +107,7 @@ def constant_scores(values: np.ndarray) -> ForValueScores:
     return ForValueScores(values.astype(np.float64), [None] * n, np.zeros(n), np.ones(n, dtype=np.int64))
 
 
-def main(config: DemoConfig) -> list[dict[str, float | str]]:
+def main(config: DemoConfig) -> list[dict[str, Any]]:
     transformers_logging.set_verbosity_error()
     disable_progress_bar()
     logging.getLogger("forvalue_callbacks").setLevel(logging.WARNING)
@@ -120,9 +117,8 @@ def main(config: DemoConfig) -> list[dict[str, float | str]]:
     validation = instructions(200, seed=config.seed + 10_001)
     test = instructions(300, seed=config.seed + 10_002)
     print(f"{len(train)} training rows, {np.mean(train['is_noisy']):.0%} of them with a wrong answer, for example")
-    for row in (r for r in train.select(range(20)) if r["is_noisy"]):
-        print(f"  {row['prompt']!r} ->{row['completion']!r}, where {row['true_answer']!r} is right")
-        break
+    row = next(row for row in train if row["is_noisy"])
+    print(f"  {row['prompt']!r} ->{row['completion']!r}, where {row['true_answer']!r} is right")
 
     trainer = make_trainer(config, train, test)
     trainer.evaluate(trainer.train_dataset.select(range(64)))  # warm up
@@ -130,60 +126,76 @@ def main(config: DemoConfig) -> list[dict[str, float | str]]:
     trainer.evaluate(trainer.train_dataset)
     pass_seconds = time.perf_counter() - started
     started = time.perf_counter()
-    scorer = ForValueScorer(
-        trainer.model,
-        validation,
-        ForValueConfig(direction=config.direction),
-        processing_class=trainer.processing_class,
-    )
-    scores = scorer.score(trainer.train_dataset)
-    valuation_seconds = time.perf_counter() - started
-    weights = Drop(config.noise)(scores.values)
+    noisy, answers = np.array(trainer.train_dataset["is_noisy"]), np.array(trainer.train_dataset["answer"])
+    valued, valuation, found = {}, {}, []
+    for direction in DIRECTIONS:
+        started = time.perf_counter()
+        scorer = ForValueScorer(
+            trainer.model,
+            validation,
+            ForValueConfig(direction=direction),
+            processing_class=trainer.processing_class,
+        )
+        scores = valued[direction] = scorer.score(trainer.train_dataset)
+        valuation[direction] = time.perf_counter() - started
+        weights = Drop(config.noise)(scores.values)
+        found.append(
+            {
+                "direction": direction,
+                "AUC": round(roc_auc_score(~noisy, scores.values), 3),
+                "AUC within an answer": round(within_answers(scores.values, noisy, answers), 3),
+                "noisy among dropped": f"{noisy[weights == 0].mean():.1%}",
+                "noisy among kept": f"{noisy[weights > 0].mean():.1%}",
+                "seconds": round(valuation[direction], 2),
+                "x evaluate()": round(valuation[direction] / pass_seconds, 2),
+            }
+        )
+        scores.plot(out / f"scores_{direction}.png", weights=weights, noisy=noisy)
+        scores.save(out / f"scores_{direction}.parquet")
     print(
-        f"\nFor-Value ({config.direction}): {len(scores)} rows against {len(validation)} in {valuation_seconds:.2f} s"
+        f"\n{len(train)} rows valued by {len(validation)} clean ones; AUC of clean against noisy rows, 0.5 is chance\n"
     )
-    print(scores.summary())
-    report_found(scores, trainer.train_dataset, weights)
-    scores.plot(out / "scores.png", weights=weights, noisy=np.array(train["is_noisy"]))
-    scores.save(out / "scores.parquet")
+    print(markdown(found))
+    print(f"\nOne evaluate() pass over the same rows: {pass_seconds:.2f} s. Scores by {DIRECTIONS[-1]}:")
+    print(valued[DIRECTIONS[-1]].summary() + "\n")
 
     rng = np.random.default_rng(config.seed)
-    clean = ~np.array(trainer.train_dataset["is_noisy"])
-    runs = {
-        "all rows": None,
-        "random drop": ForValueCallback(
-            validation, Drop(config.noise), scores=constant_scores(rng.random(len(train)))
-        ),
-        "For-Value drop": ForValueCallback(validation, Drop(config.noise), scores=scores),
-        "For-Value reweight": ForValueCallback(validation, Reweight(1.0), scores=scores),
-        "clean rows only": ForValueCallback(validation, Threshold(0.5), scores=constant_scores(clean)),
+    best = DIRECTIONS[-1]
+    drop = Drop(config.noise)
+    runs: dict[str, tuple[str | None, ForValueCallback | None]] = {
+        "all rows": (None, None),
+        "random drop": (None, ForValueCallback(validation, drop, scores=constant_scores(rng.random(len(train))))),
     }
+    for direction in ("gradient", best):
+        runs[f"drop by {direction}"] = direction, ForValueCallback(validation, drop, scores=valued[direction])
+    runs[f"reweight by {best}"] = best, ForValueCallback(validation, Reweight(0.5), scores=valued[best])
+    runs["clean rows only"] = None, ForValueCallback(validation, Threshold(0.5), scores=constant_scores(~noisy))
     table = []
-    for name, callback in runs.items():
+    for name, (direction, callback) in runs.items():
         trainer = make_trainer(config, train, test, [callback] if callback else [])
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        used = name.startswith("For-Value")
         table.append(
             {
-                "run": name,
+                "fine-tuning on": name,
                 "held-out loss": round(trainer.evaluate()["eval_loss"], 4),
                 "accuracy": round(accuracy(trainer), 3),
                 "training s": round(seconds, 1),
-                "valuation s": round(valuation_seconds, 2) if used else 0.0,
-                "x evaluate()": round(valuation_seconds / pass_seconds, 2) if used else 0.0,
+                "valuation s": round(valuation[direction], 2) if direction else "",
+                "x evaluate()": round(valuation[direction] / pass_seconds, 2) if direction else "",
             }
         )
         print(f"  {name}: held-out loss {table[-1]['held-out loss']}, {seconds:.0f} s")
-    columns = list(table[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row[c]) for c in columns) + " |" for row in table]
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines))
-    print(f"\nOne evaluate() pass over the training rows takes {pass_seconds:.2f} s.")
-    print(f"Picture of the scores: {out / 'scores.png'}; all scores: {out / 'scores.parquet'}")
+    (out / "table.md").write_text(markdown(found) + "\n\n" + markdown(table) + "\n")
+    print("\n" + markdown(table))
+    print(f"\nPictures and scores are in {out}: look at {out / f'scores_{best}.png'}.")
     return table
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row.values())) + " |" for row in rows)])
 
 
 if __name__ == "__main__":

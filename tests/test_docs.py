@@ -46,8 +46,9 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
     out = capsys.readouterr().out
     if name == "demo":
-        assert out.count("\n| ") == 6
-        assert {"scores.png", "scores.parquet", "table.md"} <= {path.name for path in Path("out").iterdir()}
+        assert out.count("\n| ") == 4 + 7, "two tables"
+        names = {path.name for path in Path("out").iterdir()}
+        assert {"scores_gradient.png", "scores_gradient.parquet", "table.md"} <= names
     if name == "prefilter_sft":
         report = json.loads(Path("out/report.json").read_text())
         assert report["rows"] == 40
