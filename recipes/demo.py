@@ -121,7 +121,7 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
     print(f"  {row['prompt']!r} ->{row['completion']!r}, where {row['true_answer']!r} is right")
 
     trainer = make_trainer(config, train, test)
-    trainer.evaluate(trainer.train_dataset.select(range(64)))  # warm up
+    trainer.evaluate(trainer.train_dataset.select(range(16)))  # warm up
     started = time.perf_counter()
     trainer.evaluate(trainer.train_dataset)
     pass_seconds = time.perf_counter() - started

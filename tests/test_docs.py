@@ -118,7 +118,18 @@ def test_one_parser_takes_our_config_beside_those_of_trl():
 
     from forvalue_callbacks import ForValueConfig
 
-    arguments = ["--direction", "whitened", "--output_dir", "x", "--max_length", "7", "--model_name_or_path", "m"]
+    arguments = [
+        "--direction",
+        "whitened",
+        "--output_dir",
+        "x",
+        "--max_length",
+        "7",
+        "--model_name_or_path",
+        "m",
+        "--bf16",
+        "False",
+    ]
     scoring, training, model = TrlParser((ForValueConfig, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
     assert (scoring.direction, training.max_length, model.model_name_or_path) == ("whitened", 7, "m")
 
