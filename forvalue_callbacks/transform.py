@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -65,9 +66,13 @@ class ForValueTransform:
         }
         self._scorers: dict[int | None, ForValueScorer] = {}
         self._fingerprint: str | None = None
+        self._pid = os.getpid()
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, list[Any]]:
         """Score a batch of rows, given as a dict of columns. `rank` picks the device (`with_rank=True`)."""
+        if os.getpid() != self._pid and torch.get_num_threads() > 1:
+            # A worker of `map(num_proc=...)`: after a fork, GNU OpenMP waits forever for the threads of the parent.
+            torch.set_num_threads(1)
         columns = list(batch)
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         scores = self.scorer(rank).score(rows)

@@ -5,10 +5,10 @@
 
 Random weights of the true shape (times do not depend on the values), float32 on a CPU, bfloat16 on an accelerator.
 
-    backbone   forward without the head: the floor
+    backbone   forward without the head, rows sorted by length: the floor
     bound      floor plus two products of the labelled positions with the head: the least that an exact score costs
     scorer     ForValueScorer.score
-    evaluation model(**batch) with loss: what an evaluation pass computes
+    evaluation model(**batch) with loss, rows as they come: what an evaluation pass computes
     trainer    Trainer.evaluate()
 """
 
@@ -63,7 +63,8 @@ ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer")
 class BenchmarkConfig:
     shape: str = field(default="smollm-135m", metadata={"help": f"One of {sorted(SHAPES)}."})
     rows: int = field(default=32, metadata={"help": "Rows scored."})
-    length: int = field(default=256, metadata={"help": "Tokens in each row."})
+    length: int = field(default=256, metadata={"help": "Tokens in the longest row."})
+    shortest: float = field(default=0.125, metadata={"help": "Shortest row as a share of it; lengths are uniform."})
     labelled: float = field(default=0.5, metadata={"help": "Share of the tokens that are labelled."})
     validation_rows: int = field(default=4, metadata={"help": "Rows of the validation set (not timed)."})
     batch_size: int = field(default=8, metadata={"help": "Rows per forward pass, in every arm."})
@@ -79,36 +80,50 @@ def build(config: BenchmarkConfig) -> tuple[LlamaForCausalLM, list[dict[str, lis
     dtype = torch.float32 if device is None else torch.bfloat16
     shape = {**SHAPES[config.shape], "max_position_embeddings": 2048}
     model = LlamaForCausalLM(LlamaConfig(**shape)).to(dtype=dtype, device=device or "cpu").eval()
-    ids = torch.randint(3, shape["vocab_size"], (config.rows + config.validation_rows, config.length)).tolist()
-    prompt = round(config.length * (1 - config.labelled))
-    return model, [{"input_ids": row, "labels": [-100] * prompt + row[prompt:]} for row in ids]
+    rows = []
+    for _ in range(config.rows + config.validation_rows):
+        length = round(config.length * (config.shortest + (1 - config.shortest) * float(torch.rand(()))))
+        ids = torch.randint(3, shape["vocab_size"], (length,)).tolist()
+        prompt = round(length * (1 - config.labelled))
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return model, rows
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def pad(name: str, filler: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [filler] * (longest - len(row[name])) for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return {"input_ids": pad("input_ids", 0), "attention_mask": mask, "labels": pad("labels", -100)}
 
 
 def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
     """Each arm as a function that does the whole pass over the rows once."""
     model, rows = build(config)
     train, validation = rows[: config.rows], rows[config.rows :]
-    batches = [
-        {k: torch.tensor([row[k] for row in train[i : i + config.batch_size]], device=model.device) for k in train[0]}
-        for i in range(0, len(train), config.batch_size)
-    ]
+
+    def batched(rows):
+        for i in range(0, len(rows), config.batch_size):
+            yield {k: v.to(model.device) for k, v in collate(rows[i : i + config.batch_size]).items()}
+
+    by_length = sorted(train, key=lambda row: len(row["input_ids"]))
     settings = ForValueConfig(max_tokens_per_batch=config.batch_size * config.length)
     scorer = ForValueScorer(model, validation, settings, progress=False)
     weight = model.get_output_embeddings().weight.detach()
 
     def hidden_states():
-        for batch in batches:
-            hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
-            yield hidden[batch["labels"][:, 1:] != -100]
+        for batch in batched(by_length):
+            labels = batch.pop("labels")
+            yield model.model(**batch, use_cache=False).last_hidden_state[:, :-1][labels[:, 1:] != -100]
 
     def bound():
         for hidden in hidden_states():
             for lo in range(0, len(weight), 2048):  # in blocks: T x V must not be held
                 _ = hidden @ weight[lo : lo + 2048].T
                 _ = hidden @ weight[lo : lo + 2048].T
-
-    def collate(examples):
-        return {k: torch.tensor([row[k] for row in examples]) for k in examples[0]}
 
     trainer_args = TrainingArguments(
         output_dir="outputs/benchmark",
@@ -121,7 +136,7 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
         "backbone": lambda: [None for _ in hidden_states()],
         "bound": bound,
         "scorer": lambda: (scorer.direction(), scorer.score(train)),
-        "evaluation": lambda: [float(model(**batch, use_cache=False).loss) for batch in batches],
+        "evaluation": lambda: [float(model(**batch, use_cache=False).loss) for batch in batched(train)],
         "trainer": lambda: Trainer(model, args=trainer_args, data_collator=collate).evaluate(train),
     }
 
@@ -159,7 +174,9 @@ def main(config: BenchmarkConfig) -> dict[str, float]:
         print(json.dumps(peak_mib()))
         return {}
     where = torch.accelerator.current_accelerator(check_available=True) or f"CPU, {torch.get_num_threads()} threads"
-    print(f"{config.shape}, {config.rows} rows of {config.length} tokens, {config.labelled:.0%} labelled, {where}")
+    print(
+        f"{config.shape}, {config.rows} rows of up to {config.length} tokens, {config.labelled:.0%} labelled, {where}"
+    )
     if config.memory:
         peaks = measure_memory(config)
         shape = SHAPES[config.shape]

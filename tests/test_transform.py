@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import subprocess
@@ -38,12 +39,28 @@ def test_streams_are_scored_as_they_come():
     assert np.allclose([row["forvalue_score"] for row in stream], want, rtol=1e-5, atol=1e-6)
 
 
-def test_worker_processes_give_the_same_column():
-    mapped = Dataset.from_list(TRAIN).map(
-        ForValueTransform(build_model(), VALIDATION), batched=True, num_proc=2, with_rank=True
-    )
+WORKERS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from conftest import build_model, build_rows
+from datasets import Dataset
+from forvalue_callbacks import ForValueTransform
+
+torch.set_num_threads(2)
+torch.randn(500, 500) @ torch.randn(500, 500)  # the parent's thread pool is up before the fork
+rows = [row for row in build_rows(12, seed=1) for _ in range(20)]
+transform = ForValueTransform(build_model(), build_rows(5, seed=2))
+transform.scorer().direction()
+mapped = Dataset.from_list(rows).map(transform, batched=True, num_proc=2, with_rank=True)
+print(mapped["forvalue_score"][::20])
+"""
+
+
+def test_worker_processes_give_the_same_column_and_do_not_wait_for_the_parents_threads():
+    code = WORKERS.format(tests=str(Path(__file__).parent))
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
     want = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN).values
-    assert np.allclose(mapped["forvalue_score"], want, rtol=1e-5, atol=1e-6)
+    assert np.allclose(json.loads(out), want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_process_that_never_made_the_transform_says_what_to_do():
