@@ -1,0 +1,40 @@
+"""The methods that For-Value is compared with. Higher is more valuable everywhere; labelled tokens are summed.
+
+    influence    tracin, tracin_checkpoints, datainf, hyperinf, lissa, exact_influence, outlier_gradients: pure
+                 functions on per-sample gradients
+    gradients    per-sample gradients of the LoRA factors of a PEFT model
+    forward      emb, rds_plus, loss, ifd, pmi: forward passes alone
+    in_run       InRunShapleyCallback: during a LoRA run
+    perturbation mirrored, forward_only_inference: the model moved, forward passes for many rows; small models
+    text         tfidf, random_scores: no model
+
+Never imported by `forvalue_callbacks` itself.
+"""
+
+from .forward import emb, ifd, loss, pmi, rds_plus
+from .gradients import gradients
+from .in_run import InRunShapleyCallback
+from .influence import datainf, exact_influence, hyperinf, lissa, outlier_gradients, tracin, tracin_checkpoints
+from .perturbation import forward_only_inference, mirrored
+from .text import random_scores, tfidf
+
+__all__ = [
+    "InRunShapleyCallback",
+    "datainf",
+    "emb",
+    "exact_influence",
+    "forward_only_inference",
+    "gradients",
+    "hyperinf",
+    "ifd",
+    "lissa",
+    "loss",
+    "mirrored",
+    "outlier_gradients",
+    "pmi",
+    "random_scores",
+    "rds_plus",
+    "tfidf",
+    "tracin",
+    "tracin_checkpoints",
+]

@@ -1,0 +1,151 @@
+"""Baselines that cost forward passes alone, on tokenised rows (`input_ids`, `labels`). Higher is more valuable.
+
+Pairwise ones return float64 (N, M) like `ForValueScorer.pairwise`, those without a validation side float64 (N,).
+All raise ValueError for a row that cannot be scored and for a head that `Backbone` refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import core
+from ..head import Backbone, left_as_found
+from ..rows import Row
+from .batches import Batch, batches, prepared
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+def emb(model: nn.Module, rows: Rows, validation: Rows, *, cosine: bool = False) -> Tensor:
+    """`< sum_t h_t, sum_t' h_t' >` over the positions that predict labelled tokens, (N, M).
+
+    "Emb" of arXiv 2508.10180. Raw, it follows the length of the row; `cosine=True` divides by both norms.
+    """
+    return _inner(_pooled(model, rows, _sum), _pooled(model, validation, _sum), cosine)
+
+
+def rds_plus(model: nn.Module, rows: Rows, validation: Rows) -> Tensor:
+    """RDS+ (arXiv 2503.01807): cosine of position-weighted mean hidden states, (N, M).
+
+    `sum_t t h_t / sum_t t` over all tokens of the row, t = 1, 2, ...: the prompt counts too, as published.
+    """
+    return _inner(_pooled(model, rows, _position_weighted), _pooled(model, validation, _position_weighted), True)
+
+
+def loss(model: nn.Module, rows: Rows) -> Tensor:
+    """Mean log-likelihood of the labelled tokens, (N,): minus the loss, so that well-predicted rows are high."""
+    items = prepared(rows)
+    return _log_likelihoods(model, items) / _counts(items)
+
+
+def pmi(model: nn.Module, rows: Rows, *, bos_token_id: int | None = None) -> Tensor:
+    """Pointwise mutual information of prompt and answer: mean of `log p(answer | prompt) - log p(answer)`, (N,).
+
+    The answer is the labelled tokens; alone it follows the BOS token (default: that of the model's config). Without
+    one its first token cannot be predicted and counts on neither side; an answer of one token then has the value 0.
+    A row without a prompt, labelled from its second token on, has 0 up to the BOS token.
+    """
+    items = prepared(rows)
+    backbone = Backbone(model)
+    if bos_token_id is None:
+        bos_token_id = backbone.causal.config.get_text_config().bos_token_id
+    given, alone = _with_and_without_prompt(items, bos_token_id)
+    counts = _counts(given)
+    difference = _log_likelihoods(model, given) - _log_likelihoods(model, alone)
+    return torch.where(counts > 0, difference / counts.clamp(min=1), 0.0)
+
+
+def ifd(model: nn.Module, rows: Rows, *, bos_token_id: int | None = None) -> Tensor:
+    """Instruction-following difficulty (arXiv 2308.12032): `ppl(answer | prompt) / ppl(answer)`, (N,).
+
+    As published the hardest rows are the most valuable (higher is better), and rows at or above 1, where the prompt
+    does not help at all, are thrown out: here those have the negative of their ratio, below all others.
+    `ppl(...) = exp(-mean log p)`, so that the ratio is `exp(-pmi)`.
+    """
+    ratio = (-pmi(model, rows, bos_token_id=bos_token_id)).exp()
+    return torch.where(ratio < 1, ratio, -ratio)
+
+
+def _pooled(model: nn.Module, rows: Rows, pool: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+    """One vector per row, float64 (N, D)."""
+    backbone, items = Backbone(model), prepared(rows)
+    out: Tensor | None = None
+    with left_as_found(model):
+        for batch in batches(items, device=backbone.device):
+            hidden_BLD = backbone.hidden_states(batch.inputs)
+            if out is None:
+                out = torch.zeros(len(items), hidden_BLD.shape[2], dtype=torch.float64)
+            hidden_BLD = hidden_BLD.to(core.working_dtype(hidden_BLD))
+            out[batch.index] = pool(hidden_BLD, batch).double().cpu()
+    if out is None:
+        raise ValueError("no rows")
+    return out
+
+
+def _sum(hidden_BLD: Tensor, batch: Batch) -> Tensor:
+    return (hidden_BLD[:, :-1] * batch.predicts[:, :, None]).sum(1)
+
+
+def _position_weighted(hidden_BLD: Tensor, batch: Batch) -> Tensor:
+    real_BL = batch.inputs["attention_mask"]
+    weight_BL = (real_BL.cumsum(1) * real_BL).to(hidden_BLD.dtype)
+    return (hidden_BLD * weight_BL[:, :, None]).sum(1) / weight_BL.sum(1, keepdim=True)
+
+
+def _inner(rows_ND: Tensor, validation_MD: Tensor, cosine: bool) -> Tensor:
+    if cosine:
+        rows_ND, validation_MD = (nn.functional.normalize(x, dim=1) for x in (rows_ND, validation_MD))
+    return rows_ND @ validation_MD.T
+
+
+def _log_likelihoods(model: nn.Module, items: list[Row]) -> Tensor:
+    """Sum of log p over the labelled tokens of each row, float64 (N,); 0 without any."""
+    backbone = Backbone(model)
+    out = torch.zeros(len(items), dtype=torch.float64)
+    with left_as_found(model):
+        head = backbone.head()
+        for batch in batches(items, device=backbone.device):
+            hidden_BLD, predicts = backbone.hidden_states(batch.inputs), batch.predicts
+            hidden_TD, labels_T = hidden_BLD[:, :-1][predicts], batch.labels[:, 1:][predicts]
+            log_p_BL = torch.zeros(predicts.shape, dtype=torch.float64, device=predicts.device)
+            log_p_BL[predicts] = _log_p(head, hidden_TD, labels_T).double()
+            out[batch.index] = log_p_BL.sum(1).cpu()
+    return out
+
+
+def _log_p(head: core.Head, hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
+    """`log_softmax(logits)[t, labels[t]]`, (T,), a tile of tokens at a time."""
+    out = []
+    for lo in range(0, len(hidden_TD), core.TOKEN_TILE):
+        hidden = hidden_TD[lo : lo + core.TOKEN_TILE].to(core.working_dtype(head.weight, hidden_TD))
+        labels = labels_T[lo : lo + core.TOKEN_TILE]
+        logits = head.logits(hidden)
+        out.append(logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(1))
+    return torch.cat(out) if out else hidden_TD.new_zeros(0)
+
+
+def _counts(items: list[Row]) -> Tensor:
+    return torch.tensor([item.n_labelled for item in items], dtype=torch.float64)
+
+
+def _with_and_without_prompt(items: list[Row], bos_token_id: int | None) -> tuple[list[Row], list[Row]]:
+    """The rows, and their labelled tokens alone, with the same tokens predicted in both."""
+    given, alone = [], []
+    for item in items:
+        answer = np.flatnonzero(item.labels != -100)
+        answer = answer[answer > 0]
+        labels = np.full_like(item.labels, -100)
+        if bos_token_id is None:
+            labels[answer[1:]] = item.labels[answer[1:]]
+            ids = item.labels[answer]
+        else:
+            labels[answer] = item.labels[answer]
+            ids = np.concatenate([[bos_token_id], item.labels[answer]])
+        given.append(Row(item.input_ids, labels))
+        alone.append(Row(ids, np.concatenate([[-100], ids[1:]])))
+    return given, alone

@@ -1,0 +1,153 @@
+"""The recipe that compares For-Value with influence functions: its tasks, its metrics, and a small run."""
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sklearn.metrics import roc_auc_score
+from trl import TrlParser
+
+from forvalue_callbacks import ForValueConfig
+from forvalue_callbacks.tiny import TINY_MODEL
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def load(name):
+    sys.path.insert(0, str(RECIPES))  # as `python recipes/...` does
+    try:
+        spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(RECIPES))
+    return module
+
+
+tasks = load("influence_tasks")
+recipe = load("compare_influence")
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        (0, "tomorrows. hopeful herald Sunrises"),
+        (1, "sUnRiSeS hErAlD hOpEfUl tOmOrRoWs."),
+        (2, "Sunrises 1herald 1hopeful 1tomorrows."),
+        (3, "S*nr*s*s h*r*ld h*p*f*l t*m*rr*ws."),
+        (4, "SSunnrrissess hherralldd hhoppeffull ttommorrrrowwss."),
+        (5, "Sunrises Herald Hopeful Tomorrows."),
+        (6, "Snrss hrld hpfl tmrrws."),
+        (7, "Sunrisesly heraldly hopefully tomorrows.ly"),
+        (8, "uie ea oeu ooo."),
+        (9, "Sunrises Sunrises herald herald hopeful hopeful tomorrows. tomorrows."),
+    ],
+)
+def test_transformations_are_those_of_the_papers_table(label, expected):
+    assert tasks.TRANSFORMATIONS[label][2]("Sunrises herald hopeful tomorrows.") == expected
+
+
+@pytest.mark.parametrize("label", range(10))
+def test_the_reasoning_of_a_problem_computes_its_answer(label):
+    problem = tasks.PROBLEMS[label]
+    numbers = [low + 1 for low, _ in problem.ranges]
+    reason = problem.reason.format(**dict(zip("ABCD", numbers, strict=False)))
+    last = reason.rstrip(".").rsplit("=", 1)[1]
+    assert eval(last, {"__builtins__": {}}) == problem.answer(*numbers)
+
+
+@pytest.mark.parametrize("task", list(tasks.TASKS))
+def test_task_rows_are_seeded_balanced_and_all_different(task):
+    train, validation = tasks.task_rows(task, 0)
+    assert [sum(row["label"] == k for row in train) for k in range(10)] == [90] * 10
+    assert [sum(row["label"] == k for row in validation) for k in range(10)] == [10] * 10
+    assert len({(row["prompt"], row["completion"]) for row in [*train, *validation]}) == 1000
+    assert tasks.task_rows(task, 0) == (train, validation)
+    assert tasks.task_rows(task, 1)[0] != train
+
+
+def test_quality_is_one_for_the_truth_half_for_a_constant_and_zero_for_the_opposite():
+    same = np.eye(3, dtype=bool)[[0, 0, 1, 1, 2, 2]]
+    truth = torch.from_numpy(same).double()
+    assert recipe.quality(truth, same)["auc"] == recipe.quality(truth, same)["recall"] == 1
+    assert recipe.quality(torch.zeros(6, 3), same)["auc"] == 0.5
+    assert recipe.quality(-truth, same)["auc"] == recipe.quality(-truth, same)["recall"] == 0
+
+
+def test_auc_is_that_of_scikit_learn_with_and_without_ties():
+    rng = np.random.default_rng(0)
+    same = rng.random((40, 6)) < 0.3
+    for scores in (rng.random((40, 6)), rng.integers(0, 4, (40, 6)).astype(float)):
+        want = np.mean([roc_auc_score(truth, score) for truth, score in zip(same.T, scores.T, strict=True)])
+        assert recipe.quality(torch.from_numpy(scores), same)["auc"] == pytest.approx(want, abs=1e-12)
+
+
+def test_quality_averages_over_validation_rows():
+    same = np.array([[True, True], [False, False]])
+    got = recipe.quality(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), same)
+    assert (got["auc"], got["auc_std"], got["recall"]) == (0.5, 0.5, 0.5)
+
+
+def test_every_direction_of_the_config_is_compared():
+    for direction in recipe.directions():
+        ForValueConfig(direction=direction)
+    assert {"gradient", "whitened"} <= set(recipe.directions())
+
+
+def test_the_yaml_is_the_papers_benchmark_and_parses():
+    path = RECIPES / "compare_influence.yaml"
+    parser = TrlParser((recipe.CompareConfig,))
+    (config,) = parser.parse_args_and_config(args=["--config", str(path)])
+    assert {name: getattr(config, name) for name in yaml.safe_load(path.read_text())} == yaml.safe_load(
+        path.read_text()
+    )
+    assert (config.train_per_class, config.validation_per_class, config.seeds) == (90, 10, 3)
+    assert (config.lora_r, config.lora_alpha, config.lora_targets) == (8, 32, ["q_proj", "v_proj"])
+
+
+def test_unknown_tasks_and_losses_are_refused_by_name():
+    with pytest.raises(ValueError, match="'poems' is none of"):
+        recipe.CompareConfig(tasks=["poems"])
+    with pytest.raises(ValueError, match="'prompt' is none of"):
+        recipe.CompareConfig(losses=["prompt"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    config = recipe.CompareConfig(
+        tasks=["math"], losses=["answer"], train_per_class=2, validation_per_class=1, epochs=1, output_dir=str(folder)
+    )
+    return folder, recipe.main(config)
+
+
+needs_tiny_model = pytest.mark.skipif(not (TINY_MODEL / "config.json").exists(), reason="the tiny model is not there")
+
+
+@needs_tiny_model
+def test_a_small_run_compares_every_method_at_every_checkpoint(run):
+    folder, results = run
+    methods = {result.method for result in results}
+    assert set(recipe.LORA_METHODS) | {recipe.SCHULZ, recipe.TRACIN_CP} <= methods
+    assert {"For-Value, gradient", "For-Value, whitened", "Emb", "RDS+", "TF-IDF of the text", "random"} <= methods
+    for method in recipe.LORA_METHODS:
+        assert [r.checkpoint for r in results if r.method == method] == [0, 1]
+    assert all(0 <= r.auc <= 1 and 0 <= r.recall <= 1 and r.scoring_s >= 0 for r in results)
+    with open(folder / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(results)
+
+
+@needs_tiny_model
+def test_a_small_run_writes_a_table_with_best_and_last_checkpoint_and_a_picture(run):
+    folder, _ = run
+    text = (folder / "results.md").read_text()
+    assert "| DataInf (best, " in text
+    assert "| DataInf (last) |" in text
+    assert "residuals of HyperINF" in text
+    assert (folder / "results.png").read_bytes()[:4] == b"\x89PNG"
