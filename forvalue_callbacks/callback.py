@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -90,7 +91,8 @@ class ForValueCallback(TrainerCallback):
                 processing_class=processing_class,
                 data_collator=train_dataloader.collate_fn,
             )
-            self.scores = _saved_scores(args, state, scorer, dataset) or scorer.score(dataset)
+            saved = _saved_scores(args, state, scorer, dataset)
+            self.scores = scorer.score(dataset) if saved is None else saved
         assert self.scores is not None
         seconds = time.perf_counter() - started
         self.weights = apply_policy(self.policy, self.scores, dataset, self.groups)
@@ -99,6 +101,7 @@ class ForValueCallback(TrainerCallback):
         )
         if args.process_index == 0:
             self.scores.save(_folder(args) / SCORES_FILE)
+        _warn_of_unscored(self.scores)
         facts = describe(self.weights)
         logs = {f"forvalue_{key}": value for key, value in facts.items()}
         logs |= {"forvalue_unscored": int(np.isnan(self.scores.values).sum()), "forvalue_seconds": round(seconds, 3)}
@@ -189,6 +192,7 @@ def prefilter(
     trainer.train_dataset = dataset.select(np.flatnonzero(weights))
     if args.process_index == 0:
         scores.save(_folder(args) / SCORES_FILE)
+    _warn_of_unscored(scores)
     logger.info("For-Value: %s keeps %d of %d rows\n%s", policy, (weights > 0).sum(), len(weights), scores.summary())
     return scores
 
@@ -227,6 +231,13 @@ def apply_policy(
             )
         groups = dataset[column]
     return policy(scores.values, list(groups))
+
+
+def _warn_of_unscored(scores: ForValueScores) -> None:
+    reasons = Counter(reason for reason in scores.reasons if reason is not None)
+    if reasons:
+        listed = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
+        logger.warning("%d rows have no score and are not trained on: %s", reasons.total(), listed)
 
 
 def _folder(args: TrainingArguments) -> Path:

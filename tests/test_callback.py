@@ -197,6 +197,17 @@ def test_scores_of_other_data_are_not_reused(tmp_path):
     assert np.allclose(other.scores.values, want.values, rtol=1e-6)
 
 
+def test_rows_without_a_score_are_not_trained_on_and_said(tmp_path, caplog):
+    rows = rows_with_id()
+    rows[4]["labels"] = [-100] * len(rows[4]["labels"])
+    callback = ForValueCallback(VALIDATION, Keep(1.0))
+    trainer = make_trainer(tmp_path, [callback], train=Dataset.from_list(rows))
+    trainer.train()
+    assert callback.weights[4] == 0
+    assert 4 not in drawn(trainer)
+    assert "1 rows have no score and are not trained on: 1 x no labelled tokens" in caplog.text
+
+
 def test_groups_come_from_a_column_or_by_hand(tmp_path):
     train = Dataset.from_list([{**row, "source": "ab"[i % 2]} for i, row in enumerate(rows_with_id())])
     policy = Drop(0.5, group_column="source")
