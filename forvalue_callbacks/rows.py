@@ -1,79 +1,104 @@
-"""Raw or tokenised rows -> token ids with labels, by the rules of TRL's `SFTTrainer`."""
+"""Raw or tokenised rows to token rows with labels, by the rules of trl's `SFTTrainer`.
+
+The rules are those of `SFTTrainer.__init__` (which columns decide, chat template) and `SFTTrainer._prepare_dataset`
+(EOS, tokens, masks, truncation) in trl 1.16, for one row at a time; the tests compare them row by row with a real
+`SFTTrainer`. What differs, on purpose: padding is removed, and a row that cannot be scored gets a reason where
+`SFTTrainer` stops, drops it, or trains on nothing.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-from transformers import ProcessorMixin
-from trl import get_training_chat_template, is_conversational, is_conversational_from_value, maybe_convert_to_chatml
-from trl.chat_template_utils import has_generation_markers
+import torch
 
-_MASKS = ("completion_mask", "assistant_masks")
-_IMAGES = ("image", "images")
-_EMPTY = np.zeros(0, dtype=np.int64)
+# trl and transformers are imported where raw rows need them: trl takes seconds.
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # the label of a token that is not scored
+
+
+class _UnscorableError(Exception):
+    """Why one row cannot be scored; never leaves this module."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as the model sees it; labels are aligned with input_ids (not shifted), -100 = not scored.
+    """One sample as the model sees it. The arrays are never the caller's; a reason says why it cannot be scored."""
 
-    Both are int64 (L,). A row that cannot be scored has a `reason` that names the column and the way out.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    reason: str | None = None
+    input_ids: np.ndarray  # int64 (L,)
+    labels: np.ndarray  # int64 (L,), aligned with input_ids (not shifted); -100: not scored
+    reason: str | None = None  # then the arrays are empty
 
     @classmethod
     def unscorable(cls, reason: str) -> Row:
-        return cls(_EMPTY, _EMPTY, reason)
+        return cls(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), reason)
 
     @property
     def n_labelled(self) -> int:
-        """Labelled positions that are predicted: a label on the first token never is."""
-        return int((self.labels[1:] != -100).sum())
+        """Labelled positions that are predicted: nothing predicts the first."""
+        return int((self.labels[1:] != IGNORED).sum())
 
 
 @dataclass
 class RowConfig:
-    """How rows are prepared; names, meanings and defaults are those of `trl.SFTConfig`."""
+    """How rows become tokens and labels: fields, meanings and defaults are those of `SFTConfig`.
 
-    dataset_text_field: str = field(default="text", metadata={"help": "Column of rows that are plain text."})
-    max_length: int | None = field(default=1024, metadata={"help": "Tokens that a row is cut to; None: as it is."})
+    Its `eos_token` and `chat_template_path` are not here, since they change the tokenizer itself: pass
+    `trainer.processing_class`, or a tokenizer changed alike. Nor is `formatting_func`: map it over the rows first.
+
+    Raises:
+        ValueError: an unknown truncation mode; a max_length that leaves no token to predict.
+    """
+
+    dataset_text_field: str = field(default="text", metadata={"help": "Column that holds the text of text rows."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Rows are truncated to this many tokens. None: not at all."}
+    )
     truncation_mode: str = field(
         default="keep_start",
-        metadata={"help": "Which end of a long row stays.", "choices": ["keep_start", "keep_end"]},
+        metadata={"help": "Which end of a row that is too long is kept.", "choices": ["keep_end", "keep_start"]},
     )
     completion_only_loss: bool | None = field(
-        default=None, metadata={"help": "Label the completion only. None: where the row has a completion."}
+        default=None,
+        metadata={"help": "Label the completion only. None: where rows have the columns 'prompt' and 'completion'."},
     )
-    assistant_only_loss: bool = field(default=False, metadata={"help": "Label the assistant's messages only."})
+    assistant_only_loss: bool = field(
+        default=False, metadata={"help": "Label the assistant's turns only (conversations only)."}
+    )
 
     def __post_init__(self) -> None:
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(f"truncation_mode={self.truncation_mode!r}: choose 'keep_start' or 'keep_end'.")
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length}: a row needs two tokens at least, or None.")
+            raise ValueError(f"max_length={self.max_length}: must be at least 2, or None for no truncation.")
 
 
 class RowPreparer:
-    """Turns an example into a `Row`. One bad row never raises; a set-up that fits no row does.
+    """Makes `Row`s of rows in any form that `SFTTrainer` takes; the same as this, but one row at a time::
+
+        SFTTrainer(model, SFTConfig(...), train_dataset=dataset, processing_class=tokenizer).train_dataset
+
+    Tokenised rows ('input_ids'): 'labels' alone wins; else 'completion_mask' (if the loss is completion-only) and
+    'assistant_masks' (always) both apply; else every token is labelled. Positions whose 'attention_mask' is 0 are
+    removed first.
+
+    Raw rows, by precedence: 'prompt' with 'completion', 'conversations' with from/value, 'messages', the text field,
+    'conversations' with role/content (which `SFTTrainer` does not take). Text ends with EOS. A completion starts where
+    the tokens of the prompt alone and of prompt and completion diverge.
 
     Args:
-        processing_class: tokenizer or processor; not needed for rows with `input_ids`.
+        processing_class: tokenizer or processor; not needed for tokenised rows.
         config: `RowConfig`.
-        max_positions: tokens that the model was made for; longer rows cannot be scored.
-        vocab_size: token ids must be below it.
-
-    Raises (when called):
-        ValueError: no known column; raw rows without a processing_class; packed rows; images (which a data collator
-            must make model inputs of); assistant_only_loss without messages or a chat template that cannot mark them.
+        max_positions: how many tokens the model takes.
+        vocab_size: what token ids and labels must be below.
     """
 
     def __init__(
@@ -88,190 +113,277 @@ class RowPreparer:
         self.config = config or RowConfig()
         self.max_positions = max_positions
         self.vocab_size = vocab_size
+        self._template: tuple[str | None] | None = None  # looked up at the first conversation
+        self._warned = False
 
     def __call__(self, example: Mapping[str, Any]) -> Row:
+        """One row, left as it is. If it cannot be scored, the answer has a `reason` that says what to do.
+
+        Raises:
+            ValueError: the set-up is wrong, not just this row: no known column, raw rows without a tokenizer (or one
+                without EOS or chat template), `assistant_only_loss` without conversations or a template with
+                generation markers, packed rows, images.
+        """
         if not isinstance(example, Mapping):
-            return Row.unscorable(f"the row is a {type(example).__name__}, not a mapping from columns to values")
-        tokenised = "input_ids" in example
-        self._refuse_set_up(example, tokenised)
+            return Row.unscorable(f"the row is a {type(example).__name__}: make it a mapping from columns to values")
         try:
-            ids, labels = self._tokenised(example) if tokenised else self._raw(example)
-        except _BadRowError as error:
-            return Row.unscorable(str(error))
-        except (TypeError, KeyError, IndexError, AttributeError) as error:
-            empty = [name for name, value in example.items() if value is None or value == []]
-            named = f"columns {empty} are empty; " if empty else ""
-            return Row.unscorable(f"{named}cannot be prepared ({type(error).__name__}: {error})")
-        if self.config.max_length is not None:
-            start = self.config.truncation_mode == "keep_start"
-            cut = slice(None, self.config.max_length) if start else slice(-self.config.max_length, None)
-            was_labelled = Row(ids, labels).n_labelled > 0
-            ids, labels = ids[cut], labels[cut]
+            return self._prepare(example)
+        except _UnscorableError as reason:
+            return Row.unscorable(str(reason))
+
+    def _prepare(self, example: Mapping[str, Any]) -> Row:
+        if "image" in example or "images" in example:
+            raise ValueError(f"rows with images ({_found(example)}) need their own preparation: pass a data_collator.")
+        if "input_ids" in example:
+            ids, labels, source = self._labelled(example, example)
         else:
-            was_labelled = False
-        return Row(ids, labels, self._reason(ids, labels, was_labelled))
+            tokens, source = self._tokenise(example)
+            ids, labels, _ = self._labelled(example, {**example, **tokens})
+        return self._checked(ids, labels, source)
 
-    def _refuse_set_up(self, example: Mapping[str, Any], tokenised: bool) -> None:
-        columns = sorted(map(str, example))
-        if "seq_lengths" in example:
-            raise ValueError("packed rows (column 'seq_lengths') hold several samples each: score before packing.")
-        if tokenised:
-            return
-        if any(name in example for name in _IMAGES):
-            raise ValueError("rows with images need a data_collator that makes model inputs of them.")
-        known = {self.config.dataset_text_field, "prompt", "messages", "conversations"}
-        if not known & set(example):
-            raise ValueError(
-                f"no column to score in {columns}. Rows need 'input_ids' (with 'labels' or a mask), "
-                f"{self.config.dataset_text_field!r} (dataset_text_field), 'prompt' and 'completion', or 'messages'."
-            )
-        if "prompt" in example and "completion" not in example:
-            raise ValueError(f"rows have 'prompt' but no 'completion' (columns: {columns}).")
-        if self.processing_class is None:
-            raise ValueError(f"rows with columns {columns} are not tokenised: pass processing_class=tokenizer.")
-
-    # ---- the two kinds of rows ----
-
-    def _tokenised(self, example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        ids = _integers(example, "input_ids")
-        labels = _integers(example, "labels", len(ids)) if "labels" in example else None
-        if labels is None:
-            masks = [name for name in _MASKS if name in example]
-            if self.config.completion_only_loss is False and "completion_mask" in masks:
-                masks.remove("completion_mask")
-            labels = _mask(ids, [_integers(example, name, len(ids)) for name in masks])
-        if "attention_mask" in example:
-            real = _integers(example, "attention_mask", len(ids)).astype(bool)
-            ids, labels = ids[real], labels[real]
-        if "position_ids" in example and (np.diff(_integers(example, "position_ids")) < 0).any():
-            raise ValueError("packed rows ('position_ids' restart) hold several samples each: score before packing.")
-        return ids, labels
-
-    def _raw(self, example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The steps of `SFTTrainer._prepare_dataset`: ChatML, EOS, tokens, masks, labels."""
-        if is_conversational_from_value(dict(example)):
-            example = maybe_convert_to_chatml(deepcopy(dict(example)))
-        conversational = is_conversational(dict(example))
-        config, assistant_only = self.config, self.config.assistant_only_loss
-        if assistant_only and not conversational:
-            raise ValueError("assistant_only_loss=True needs conversational rows ('messages', or lists of messages).")
-        if not conversational:
-            example = self._with_eos(example)
-        tools = example.get("tools")
-        template = {
-            "chat_template": self._chat_template,
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(example.get("chat_template_kwargs") or {}),
-        }
-        masks = []
-        if "prompt" in example:
-            prompt, whole = example["prompt"], example["prompt"] + example["completion"]
-            options = {"add_generation_prompt": True} if conversational else {}
-            prompt_ids = self._tokenize(prompt, **options, **template)["input_ids"]
-            processed = self._tokenize(whole, return_assistant_tokens_mask=assistant_only, **template)
-            ids = np.asarray(processed["input_ids"], dtype=np.int64)
-            # The completion starts where the tokens of prompt and of prompt + completion part ways.
-            n = min(len(ids), len(prompt_ids))
-            differ = np.flatnonzero(ids[:n] != np.asarray(prompt_ids[:n], dtype=np.int64))
-            start = int(differ[0]) if len(differ) else n
-            if config.completion_only_loss is not False:
-                masks.append((np.arange(len(ids)) >= start).astype(np.int64))
+    def _labelled(self, example: Mapping[str, Any], tokens: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
+        """Token ids and labels without padding, not truncated yet, and the columns that the labels come from."""
+        completion_only = self.config.completion_only_loss
+        if completion_only is None:
+            completion_only = "prompt" in example and "completion" in example
+        if "labels" in tokens:
+            columns = ["labels"]
         else:
-            text = example["messages"] if conversational else example[config.dataset_text_field]
-            processed = self._tokenize(text, return_assistant_tokens_mask=assistant_only, **template)
-            ids = np.asarray(processed["input_ids"], dtype=np.int64)
-        if assistant_only:
-            mask = np.asarray(processed.get("assistant_masks", []), dtype=np.int64)
-            if not mask.any():
-                raise _BadRowError(
-                    "no assistant tokens though assistant_only_loss=True: no assistant message, or a chat template "
-                    "whose {% generation %} part is empty"
+            masks = ["completion_mask", "assistant_masks"] if completion_only else ["assistant_masks"]
+            columns = [column for column in masks if column in tokens]
+        others = []
+        if "input_ids" in example:
+            others = [column for column in ("attention_mask", "position_ids") if example.get(column) is not None]
+            self._check_set_up(example, columns)
+        arrays = {column: _integers(tokens, column) for column in ["input_ids", *columns, *others]}
+        for column, values in arrays.items():
+            if len(values) != len(arrays["input_ids"]):
+                raise _UnscorableError(
+                    f"{len(values):,} values in {column!r}, but {len(arrays['input_ids']):,} in 'input_ids': "
+                    "make them equally long"
                 )
-            masks.append(mask)
-        return ids, _mask(ids, masks)
+        if "attention_mask" in arrays:
+            attended = arrays.pop("attention_mask") != 0
+            arrays = {column: values[attended] for column, values in arrays.items()}
+        if "position_ids" in arrays and (np.diff(arrays["position_ids"]) <= 0).any():
+            raise ValueError(f"packed rows ('position_ids' restart; {_found(example)}): score before packing.")
+        ids = arrays["input_ids"]
+        if "labels" in arrays:
+            return ids, arrays["labels"], "'labels'"
+        labels = ids.copy()
+        for column in columns:
+            labels[arrays[column] == 0] = IGNORED
+        return ids, labels, _names(columns or ["input_ids"])
 
-    def _with_eos(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        example = dict(example)
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        names = ("prompt", "completion") if "prompt" in example else (self.config.dataset_text_field,)
-        for name in names:
-            if not isinstance(example[name], str):
-                raise _BadRowError(f"column {name!r} holds {type(example[name]).__name__}, not text")
-        last = self.config.dataset_text_field if self.config.dataset_text_field in example else "completion"
-        if not example[last].endswith(tokenizer.eos_token):
-            example[last] += tokenizer.eos_token
-        return example
+    def _check_set_up(self, example: Mapping[str, Any], columns: list[str]) -> None:
+        """What is wrong with all tokenised rows if it is with one; `columns` are those that make the labels."""
+        if "seq_lengths" in example:
+            raise ValueError(f"packed rows ({_found(example)}): score before packing.")
+        if self.config.assistant_only_loss and columns in ([], ["completion_mask"]):
+            raise ValueError(
+                "assistant_only_loss=True needs conversations, or 'labels' or 'assistant_masks' with 'input_ids' "
+                f"({_found(example)})."
+            )
+        if "completion_mask" in example and columns in ([], ["assistant_masks"]) and not self._warned:
+            self._warned = True
+            logger.warning(
+                "'completion_mask' does not count, as in SFTTrainer, with completion_only_loss=%s and no columns "
+                "'prompt' and 'completion': set completion_only_loss=True.",
+                self.config.completion_only_loss,
+            )
 
-    def _tokenize(self, text: Any, **template: Any) -> dict[str, Any]:
-        batched = isinstance(self.processing_class, ProcessorMixin)
-        if isinstance(text, list):
-            if batched:  # processors take content as a list of typed parts
-                text = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in text]
-            template = {k: v for k, v in template.items() if v is not False}
-            out = self.processing_class.apply_chat_template(text, tokenize=True, return_dict=True, **template)
-        else:
-            out = self.processing_class(text=text)
-        return {k: v[0] for k, v in out.items()} if batched else dict(out)
-
-    @cached_property
-    def _chat_template(self) -> str | None:
-        """A training template with generation markers where assistant-only loss needs one and the own has none."""
-        own = self.processing_class.chat_template
-        if not self.config.assistant_only_loss or (own is not None and has_generation_markers(own)):
-            return None
-        return get_training_chat_template(self.processing_class)
-
-    def _reason(self, ids: np.ndarray, labels: np.ndarray, was_labelled: bool) -> str | None:
-        if not Row(ids, labels).n_labelled:
-            if was_labelled:
-                return f"no labelled tokens within max_length={self.config.max_length}: raise it"
-            return "no labelled tokens: every label is -100, or the only one is on the first token"
-        if self.vocab_size is not None:
-            for name, values in (("input_ids", ids), ("labels", labels[labels != -100])):
-                bad = values[(values < 0) | (values >= self.vocab_size)]
-                if len(bad):
-                    return f"{name} holds {bad[0]}, outside the model's vocabulary of {self.vocab_size}"
+    def _checked(self, ids: np.ndarray, labels: np.ndarray, source: str) -> Row:
+        """The row, truncated as `SFTTrainer` does, if it can be scored then."""
+        n_tokens, limit, size = len(ids), self.config.max_length, self.vocab_size
+        if n_tokens == 0:
+            raise _UnscorableError(f"no tokens in {source}: fill it or drop the row")
+        if not (labels != IGNORED).any():
+            raise _UnscorableError(f"no labelled tokens in {source}: label what is to be learnt, or drop the row")
+        if limit is not None:
+            kept = slice(limit) if self.config.truncation_mode == "keep_start" else slice(-limit, None)
+            ids, labels = ids[kept], labels[kept]
+        row = Row(ids, labels)
+        if row.n_labelled == 0 and len(ids) < n_tokens:
+            raise _UnscorableError(
+                f"no labelled tokens left in {source} after truncation of {n_tokens:,} tokens to max_length={limit}: "
+                "raise max_length, or shorten the unlabelled part"
+            )
+        if row.n_labelled == 0:
+            raise _UnscorableError(
+                f"no labelled tokens in {source} but the first, which nothing predicts: put a prompt or BOS before it"
+            )
         if self.max_positions is not None and len(ids) > self.max_positions:
-            return f"{len(ids):,} tokens, but the model takes {self.max_positions:,}: set max_length"
-        return None
+            raise _UnscorableError(
+                f"{len(ids):,} tokens in {source}, but the model takes {self.max_positions:,}: "
+                f"set max_length={self.max_positions}"
+            )
+        for column, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
+            wrong = values[(values < 0) | (values >= (np.inf if size is None else size))]
+            if len(wrong):
+                raise _UnscorableError(
+                    f"token id {wrong[0]} in {column!r} is outside the model's vocabulary"
+                    f"{'' if size is None else f' of {size:,}'}: use the model's tokenizer, or resize its embeddings"
+                )
+        return row
 
+    # ---- raw rows ----
 
-class _BadRowError(Exception):
-    """This row cannot be prepared; others may."""
+    def _tokenise(self, example: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """`input_ids` of a raw row with the masks that apply, and the names of the columns they come from."""
+        from trl.data_utils import common_prefix_length
+
+        columns = self._raw_columns(example)
+        source = _names(columns)
+        if self.processing_class is None:
+            raise ValueError(f"raw rows ({_found(example)}) need a tokenizer: pass processing_class.")
+        for column in columns:
+            value, chat_only = example[column], column in ("messages", "conversations")
+            if not isinstance(value, list if chat_only else (str, list)):
+                kind = "None" if value is None else f"a {type(value).__name__}"
+                wanted = "a list of messages" if chat_only else "text or a list of messages"
+                raise _UnscorableError(f"{column!r} is {kind}, not {wanted}: fill it or drop the row")
+            if len(value) == 0 and (isinstance(value, list) or len(columns) == 1):  # a completion may be EOS alone
+                raise _UnscorableError(f"{column!r} is empty: fill it or drop the row")
+        prompt = None
+        if all(isinstance(example[column], str) for column in columns):
+            if self.config.assistant_only_loss:
+                raise ValueError(f"assistant_only_loss=True needs conversations, but {source} is text.")
+            text = self._with_eos(example, columns[-1])
+            if len(columns) == 2:
+                prompt = self._tokens(source, example["prompt"])
+                text = example["prompt"] + text
+            whole = self._tokens(source, text)
+        else:
+            messages = _messages(example, columns[-1])
+            options = self._template_options(example)
+            if len(columns) == 2:
+                first = _messages(example, "prompt")
+                prompt = self._tokens(source, first, add_generation_prompt=True, **options)
+                messages = first + messages
+            mask = self.config.assistant_only_loss
+            whole = self._tokens(source, messages, return_assistant_tokens_mask=mask, **options)
+        tokens: dict[str, Any] = {name: whole[name] for name in ("input_ids", "assistant_masks") if name in whole}
+        if 1 not in tokens.get("assistant_masks", [1]):
+            raise _UnscorableError(f"no labelled tokens in {source}: add an assistant's turn, or drop the row")
+        if prompt is not None:
+            start = common_prefix_length(prompt["input_ids"], whole["input_ids"])
+            tokens["completion_mask"] = [0] * start + [1] * (len(whole["input_ids"]) - start)
+        return tokens, source
+
+    def _raw_columns(self, example: Mapping[str, Any]) -> list[str]:
+        """The columns that the tokens are made of, in `SFTTrainer`'s order of precedence."""
+        if "prompt" in example:
+            if "completion" in example:
+                return ["prompt", "completion"]
+        elif _from_value(example.get("conversations")):
+            return ["conversations"]
+        elif isinstance(example.get("messages"), list):
+            return ["messages"]
+        else:
+            for column in (self.config.dataset_text_field, "conversations", "messages"):
+                if column in example:
+                    return [column]
+        raise ValueError(
+            f"no known column ({_found(example)}): give 'input_ids' (with 'labels', 'completion_mask' or "
+            "'assistant_masks'), 'prompt' with 'completion', 'messages', 'conversations', or text in the column that "
+            f"dataset_text_field names (now {self.config.dataset_text_field!r})."
+        )
+
+    def _with_eos(self, example: Mapping[str, Any], column: str) -> str:
+        """A column's text with EOS. A row gets one EOS: a text field beside 'completion' takes it if it needs it."""
+        field = self.config.dataset_text_field
+        eos = getattr(self.processing_class, "tokenizer", self.processing_class).eos_token
+        if eos is None:
+            raise ValueError("the tokenizer has no EOS token, which ends text rows: set tokenizer.eos_token.")
+        other = example.get(field) if column != field else None
+        taken = isinstance(other, str) and not other.endswith(eos)
+        return example[column] if taken or example[column].endswith(eos) else example[column] + eos
+
+    def _template_options(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments for `apply_chat_template`, with the training template that `SFTTrainer` would swap in."""
+        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+        extra, tools = example.get("chat_template_kwargs") or {}, example.get("tools")
+        template = self.processing_class.chat_template
+        if template is None and "chat_template" not in extra:
+            raise ValueError("the tokenizer has no chat template, which conversations need: set its chat_template.")
+        if self._template is None:
+            swapped = None
+            if self.config.assistant_only_loss and template is not None and not has_generation_markers(template):
+                try:
+                    swapped = get_training_chat_template(self.processing_class)
+                except ValueError as error:
+                    raise ValueError(
+                        "assistant_only_loss=True needs {% generation %} markers in the chat template, and trl has no "
+                        "version of it with them: add them, or set assistant_only_loss=False."
+                    ) from error
+            self._template = (swapped,)
+        try:
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            return {"chat_template": self._template[0], "tools": tools, **extra}
+        except (TypeError, ValueError) as error:
+            raise _UnscorableError(f"'tools' must be JSON and 'chat_template_kwargs' a mapping: {error}") from error
+
+    def _tokens(self, source: str, text: str | list[Any], **options: Any) -> Mapping[str, Any]:
+        """Tokens of a text, or of messages through the chat template; a processor's batch of one is undone."""
+        from transformers import ProcessorMixin
+        from trl import prepare_multimodal_messages
+
+        processor = isinstance(self.processing_class, ProcessorMixin)
+        try:
+            if isinstance(text, str):
+                tokens = self.processing_class(text=text)
+            else:
+                chat = prepare_multimodal_messages(text) if processor else text
+                tokens = self.processing_class.apply_chat_template(chat, tokenize=True, return_dict=True, **options)
+        except Exception as error:  # chat templates raise what they like where a conversation is not to their taste
+            raise _UnscorableError(f"{source} cannot be tokenised: {type(error).__name__}: {error}") from error
+        return {name: values[0] for name, values in tokens.items()} if processor else tokens
 
 
 def needs_collator(example: Any) -> bool:
-    """Whether only a data collator can tell the model inputs (images) or the labels (`input_ids` alone) of a row."""
+    """Whether a data collator, if there is one, should prepare the row: images, or token ids without labels."""
     if not isinstance(example, Mapping):
         return False
-    if any(name in example for name in (*_IMAGES, "pixel_values")):
-        return True
-    return "input_ids" in example and not any(name in example for name in ("labels", *_MASKS))
+    labelled = not {"labels", "completion_mask", "assistant_masks"}.isdisjoint(example)
+    return "image" in example or "images" in example or ("input_ids" in example and not labelled)
 
 
-def _integers(example: Mapping[str, Any], name: str, length: int | None = None) -> np.ndarray:
-    """A column as int64 (L,).
-
-    Raises:
-        _BadRowError: it is empty, not a flat list of integers, or of another length than input_ids.
-    """
-    values = example[name]
-    if values is None or (isinstance(values, Sequence) and len(values) == 0):
-        raise _BadRowError(f"column {name!r} is empty")
+def _integers(tokens: Mapping[str, Any], column: str) -> np.ndarray:
+    """A list, array or tensor as a new int64 array."""
+    value = tokens[column]
+    if value is None:
+        raise _UnscorableError(f"{column!r} is None: fill it or drop the row")
     try:
-        array = np.asarray(values)
-    except ValueError:
+        array = np.asarray(value.detach().cpu() if torch.is_tensor(value) else value)
+    except (TypeError, ValueError):  # ragged lists, dtypes that numpy has not
         array = np.asarray(None)
-    if array.ndim != 1 or array.dtype.kind not in "iub":
-        raise _BadRowError(f"column {name!r} is not a flat list of integers")
-    if length is not None and len(array) != length:
-        raise _BadRowError(f"column {name!r} has {len(array)} entries, input_ids {length}")
+    if array.ndim != 1 or (len(array) and array.dtype.kind not in "biu"):
+        raise _UnscorableError(f"{column!r} must be one flat list of integers, not this {type(value).__name__}")
     return array.astype(np.int64)
 
 
-def _mask(ids: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
-    """Labels: the ids where all masks are 1, else -100."""
-    labels = ids.copy()
-    for mask in masks:
-        labels[mask == 0] = -100
-    return labels
+def _from_value(messages: Any) -> bool:
+    from trl import is_conversational_from_value
+
+    return isinstance(messages, list) and bool(messages) and is_conversational_from_value({"conversations": messages})
+
+
+def _messages(example: Mapping[str, Any], column: str) -> list[Any]:
+    """A column's messages with role and content, as a copy where they come with from and value."""
+    from trl import is_conversational, maybe_convert_to_chatml
+
+    messages = example[column]
+    if _from_value(messages):
+        messages = maybe_convert_to_chatml({"messages": copy.deepcopy(messages)})["messages"]
+    if not is_conversational({"messages": messages}):
+        raise _UnscorableError(f"{column!r} must be a list of messages with 'role' and 'content'")
+    return messages
+
+
+def _names(columns: Sequence[str]) -> str:
+    return " and ".join(map(repr, columns))
+
+
+def _found(example: Mapping[str, Any]) -> str:
+    return f"columns found: {', '.join(map(repr, example))}"

@@ -1,182 +1,489 @@
-import copy
+"""Rows are those of a real `SFTTrainer`, row by row; what cannot be scored says why."""
 
+import copy
+import dataclasses
+import logging
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import get_type_hints
+
+import datasets
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from tokenizers_for_tests import EOS, build_tokenizer, chatml
+from transformers import CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, LlavaProcessor
+from trl import SFTConfig, SFTTrainer, TrlParser
+from trl.chat_template_utils import qwen2_5_chat_template
 
-from forvalue_callbacks.rows import RowConfig, RowPreparer, needs_collator
+from forvalue_callbacks.rows import Row, RowConfig, RowPreparer, needs_collator
 
-MARKED = (
-    "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\n' }}{%- if m['role'] == 'assistant' %}"
-    "{%- generation %}{{- m['content'] + '<|im_end|>' }}{%- endgeneration %}{{- '\n' }}"
-    "{%- else %}{{- m['content'] + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-UNMARKED = MARKED.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
-TEXT = ["The cat sat on the mat.", "A dog ran to the park and back again.", "Hi.", "The cat sat<|eos|>"]
+IDS = list(range(10, 22))
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def from_value(role, content):
+    return {"from": role, "value": content}
+
+
+def chats(turn=turn):
+    return [
+        [turn("user", "what is the sky"), turn("assistant", "the sky is blue")],
+        [turn("system", "user assistant"), turn("user", "it"), turn("assistant", "is"), turn("user", "blueberry pie")],
+        [turn("user", "the sky " * 10), turn("assistant", "pie"), turn("user", "pie"), turn("assistant", "today")],
+    ]
+
+
+TEXTS = ["the sky is blue", "it is blue today" + EOS, "blueberry pie " * 10, "x", f"pie{EOS}{EOS}"]
+PAIRS = [
+    {"prompt": "what is the sky", "completion": " blue"},
+    {"prompt": "the sky is bl", "completion": "ueberry"},  # tokens merge across the boundary
+    {"prompt": "it is blue", "completion": " today" + EOS},
+    {"prompt": "the sky is blue " * 10, "completion": "pie"},
+    {"prompt": "it", "completion": ""},
+    {"prompt": "", "completion": "blueberry pie"},
+]
+MASKED = [
+    {"input_ids": IDS, "completion_mask": [0] * 5 + [1] * 7, "assistant_masks": [0, 1] * 6},
+    {"input_ids": IDS[:4], "completion_mask": [0, 0, 1, 1], "assistant_masks": [1, 1, 1, 0]},
+    {"input_ids": IDS[:4], "completion_mask": [0, 0, 0, 1], "assistant_masks": [1, 1, 1, 0]},
+]
+TOOLS = '[{"type": "function", "function": {"name": "sky"}}]'
+
+
+def only(rows, *columns):
+    return [{column: row[column] for column in columns} for row in rows]
+
+
+FORMS = {
+    "text": [{"text": text} for text in TEXTS],
+    "prompt-completion": PAIRS,
+    "prompt-completion-text": [
+        {**pair, "text": text} for pair, text in zip(PAIRS, ["a", EOS, "b", EOS, "c", EOS], strict=True)
+    ],
+    "messages": [{"messages": chat} for chat in chats()],
+    "messages-text": [{"messages": chat, "text": "not this"} for chat in chats()],
+    "conversations": [{"conversations": chat} for chat in chats(from_value)],
+    "conversations-text": [{"conversations": chat, "text": "this"} for chat in chats()],
+    "prompt-completion-messages": [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats()],
+    "tools-json": [{"messages": chat, "tools": TOOLS} for chat in chats()],
+    "tools": [{"messages": chat, "tools": [{"name": "sky"}]} for chat in chats()],
+    "chat-template-kwargs": [
+        {"prompt": chat[:1], "completion": chat[1:], "chat_template_kwargs": {"shout": i == 1}}
+        for i, chat in enumerate(chats())
+    ],
+    "input_ids": [{"input_ids": IDS}, {"input_ids": IDS[:3]}, {"input_ids": IDS[:1]}],
+    "labels": [
+        {"input_ids": IDS, "labels": [-100] * 9 + IDS[9:]},
+        {"input_ids": IDS, "labels": IDS[:3] + [-100] * 9},
+        {"input_ids": IDS, "labels": [-100] * 12},
+        {"input_ids": IDS[:4], "labels": [-100, 30, 31, 32]},  # other tokens than the input's
+        {"input_ids": IDS[:4], "labels": [10, -100, -100, -100]},
+    ],
+    "labels-and-masks": [{**row, "labels": row["input_ids"]} for row in MASKED],
+    "completion_mask": only(MASKED, "input_ids", "completion_mask"),
+    "assistant_masks": only(MASKED, "input_ids", "assistant_masks"),
+    "both-masks": MASKED,
+    "masks-and-text": [{**row, **pair} for row, pair in zip(MASKED, PAIRS, strict=False)],
+    "attention_mask": [
+        {"input_ids": IDS[:n], "attention_mask": [1] * n, "position_ids": list(range(n))} for n in (3, 9)
+    ],
+}
+OPTIONS = {
+    "defaults": {},
+    "completion": {"completion_only_loss": True},
+    "everything": {"completion_only_loss": False},
+    "middle": {"max_length": 25},
+    "short": {"max_length": 8},
+    "short-end": {"max_length": 8, "truncation_mode": "keep_end"},
+    "unlimited": {"max_length": None},
+}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    datasets.disable_progress_bars()
+    yield LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=400, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+        )
+    )
+    datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(
-        TEXT * 3, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    return build_tokenizer(chatml())
+
+
+@pytest.fixture
+def compare(llama, tmp_path):
+    """Prepares rows with a real `SFTTrainer` and with ours, and compares them row by row.
+
+    Returns our rows, and the indices of those that `SFTTrainer` dropped.
+    """
+
+    def compare(rows, processing_class, options):
+        dataset = Dataset.from_list([{**row, "row": i} for i, row in enumerate(rows)])
+        args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False, **options)
+        trainer = SFTTrainer(llama, args, train_dataset=dataset, processing_class=processing_class)
+        theirs = {row["row"]: (row["input_ids"], row["labels"]) for row in trainer.train_dataset}
+        preparer = RowPreparer(processing_class, RowConfig(**options))
+        ours = [preparer(row) for row in dataset]
+        for i, row in enumerate(ours):
+            if row.reason is None:
+                assert (row.input_ids.tolist(), row.labels.tolist()) == theirs[i], i
+                assert row.n_labelled > 0
+            else:  # dropped, or nothing to learn from
+                assert all(label == -100 for label in theirs.get(i, ([], []))[1][1:]), (i, row.reason)
+        assert any(row.reason is None for row in ours) or options.get("max_length") == 8
+        return ours, sorted(set(range(len(rows))) - set(theirs))
+
+    return compare
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("rows", FORMS.values(), ids=FORMS)
+def test_rows_are_those_of_sft_trainer(rows, options, tokenizer, compare):
+    compare(rows, tokenizer, options)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_length": 8}], ids=["defaults", "short"])
+@pytest.mark.parametrize("form", ["text", "prompt-completion"])
+def test_rows_with_bos_are_those_of_sft_trainer(form, options, compare):
+    rows, _ = compare(FORMS[form], build_tokenizer(bos=True), options)
+    assert all(row.input_ids[0] == 1 for row in rows if row.reason is None)
+
+
+def test_another_text_field_is_read(tokenizer, compare):
+    rows = [{"body": text, "text": "not this"} for text in TEXTS]
+    compare(rows, tokenizer, {"dataset_text_field": "body"})
+
+
+def test_eos_is_added_once_and_is_labelled(tokenizer):
+    prepare = RowPreparer(tokenizer)
+    for example in (*FORMS["text"][:2], *FORMS["prompt-completion"]):
+        row = prepare(example)
+        assert row.input_ids.tolist().count(2) == 1
+        assert row.labels[-1] == row.input_ids[-1] == 2
+
+
+def test_the_completion_starts_where_tokens_diverge(compare):
+    """Not always after the prompt: a thought that the conversation leaves out, a token across the boundary."""
+
+    def labelled(row):
+        return tokenizer.decode(row.labels[row.labels != -100])
+
+    for thought, completion in (("<think>", "the sky is blue"), ("the sky", " is blue")):
+        tokenizer = build_tokenizer(chatml(thought=thought))
+        rows, _ = compare(FORMS["prompt-completion-messages"], tokenizer, {})
+        assert labelled(rows[0]) == completion + "<|im_end|>\n"
+    rows, _ = compare(PAIRS, tokenizer, {})
+    assert labelled(rows[1]) == "blueberry" + EOS
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt-completion-messages", "chat-template-kwargs"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode")
+def test_assistant_only_rows_are_those_of_sft_trainer(form, options, compare):
+    rows = [row for i, row in enumerate(FORMS[form]) if i != 1]
+    compare(rows, build_tokenizer(chatml(markers=True)), {**options, "assistant_only_loss": True})
+
+
+def test_a_template_without_markers_is_swapped_like_sft_trainer_does(compare):
+    tokenizer = build_tokenizer(qwen2_5_chat_template)
+    rows, _ = compare([{"messages": chats()[0]}], tokenizer, {"assistant_only_loss": True})
+    assert tokenizer.decode(rows[0].labels[rows[0].labels != -100]) == "\nthe sky is blue<|im_end|>\n"
+    assert tokenizer.chat_template == qwen2_5_chat_template
+
+
+@pytest.mark.parametrize("form", ["text", "prompt-completion", "messages", "prompt-completion-messages"])
+def test_text_rows_through_a_processor_are_those_of_sft_trainer(form, compare):
+    template = chatml().replace("message.content", "message.content[0].text")
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(), build_tokenizer(), patch_size=14, image_token="<pad>", chat_template=template
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|eos|>", pad_token="<|pad|>")
-    fast.chat_template = MARKED
-    return fast
+    compare(FORMS[form], processor, {})
 
 
-@pytest.fixture(scope="module")
-def tiny(tokenizer):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+def test_dropped_rows_are_those_without_labels_after_truncation(tokenizer, compare):
+    rows, dropped = compare(PAIRS, tokenizer, {"max_length": 8})
+    assert dropped == [3]
+    assert rows[3].reason.startswith("no labelled tokens left in 'prompt' and 'completion' after truncation of ")
+    assert "max_length=8" in rows[3].reason
+    assert len(rows[3].input_ids) == len(rows[3].labels) == rows[3].n_labelled == 0
 
 
-def chat(*turns):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+def test_names_and_defaults_are_those_of_sft_config():
+    theirs = {field.name: field for field in dataclasses.fields(SFTConfig)}
+    types, their_types = get_type_hints(RowConfig), get_type_hints(SFTConfig)
+    for field in dataclasses.fields(RowConfig):
+        assert (field.default, types[field.name]) == (theirs[field.name].default, their_types[field.name])
+        assert field.metadata["help"]
+        assert field.metadata.get("choices") == theirs[field.name].metadata.get("choices")
 
 
-TURNS = [("Hi.", "The cat."), ("A dog?", "ran", "Where?", "to the park."), ("On the mat?", "Hi.")]
-FORMS = {
-    "text": [{"text": t} for t in TEXT],
-    "named text": [{"story": t} for t in TEXT],
-    "prompt": [{"prompt": t[:6], "completion": t[6:]} for t in TEXT if len(t) > 8],
-    "prompt that merges": [{"prompt": "The ca", "completion": "t sat"}, {"prompt": "A", "completion": " dog<|eos|>"}],
-    "messages": [{"messages": chat(*turns)} for turns in TURNS],
-    "message lists": [{"prompt": chat(*turns)[:-1], "completion": chat(*turns)[-1:]} for turns in TURNS],
-    "from/value": [
-        {"conversations": [{"from": m["role"], "value": m["content"]} for m in chat(*turns)]} for turns in TURNS
-    ],
-    "tokens": [{"input_ids": [5, 6, 7, 8]}, {"input_ids": [9, 10]}],
-    "tokens and labels": [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}],
-    "tokens and assistant masks": [{"input_ids": [5, 6, 7, 8], "assistant_masks": [0, 1, 0, 1]}],
-}
-OPTIONS = [
-    {},
-    {"max_length": 7},
-    {"max_length": 7, "truncation_mode": "keep_end"},
-    {"max_length": None},
-    {"completion_only_loss": False},
-    {"completion_only_loss": True},
-    {"assistant_only_loss": True},
-]
+def test_config_is_parsed_from_the_command_line():
+    arguments = ["--max_length", "7", "--completion_only_loss", "false", "--assistant_only_loss", "true"]
+    (config,) = TrlParser(RowConfig).parse_args_and_config(arguments)
+    assert config == RowConfig(max_length=7, completion_only_loss=False, assistant_only_loss=True)
+    with pytest.raises(SystemExit), redirect_stdout(StringIO()):
+        TrlParser(RowConfig).parse_args_and_config(["--truncation_mode", "middle"])
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_rows_are_those_of_sft_trainer(form, options, tokenizer, tiny, tmp_path):
-    """Row by row; the rows that SFTTrainer drops in silence are those that get a reason."""
-    if options.get("assistant_only_loss") and form not in ("messages", "message lists"):
-        pytest.skip("SFTTrainer refuses assistant_only_loss for rows that are not conversational")
-    options = {**options, "dataset_text_field": "story" if form == "named text" else "text"}
-    rows = FORMS[form]
-    trainer = SFTTrainer(
-        tiny,
-        args=SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, **options),
-        train_dataset=Dataset.from_list([{**row, "row": i} for i, row in enumerate(rows)]),
-        processing_class=copy.deepcopy(tokenizer),
-    )
-    prepare = RowPreparer(tokenizer, RowConfig(**options), vocab_size=len(tokenizer))
-    before = copy.deepcopy(rows)
-    ours = [prepare(row) for row in rows]
-    assert rows == before, "the caller's rows are left alone"
-    theirs = {row["row"]: row for row in trainer.train_dataset}
-    for i, row in enumerate(ours):
-        if i in theirs and any(label != -100 for label in theirs[i]["labels"][1:]):
-            assert row.reason is None
-            assert row.input_ids.tolist() == theirs[i]["input_ids"]
-            assert row.labels.tolist() == theirs[i]["labels"]
-        else:
-            assert "no labelled tokens" in row.reason
+def test_a_config_that_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match="'keep_start' or 'keep_end'"):
+        RowConfig(truncation_mode="middle")
+    with pytest.raises(ValueError, match="max_length=1"):
+        RowConfig(max_length=1)
 
 
-def test_a_template_without_generation_markers_is_swapped_or_refused(tokenizer):
-    unmarked = copy.deepcopy(tokenizer)
-    unmarked.chat_template = UNMARKED
-    with pytest.raises(ValueError, match="chat template"):
-        RowPreparer(unmarked, RowConfig(assistant_only_loss=True))(FORMS["messages"][0])
+# ---- tokenised rows ----
 
 
-def test_a_completion_mask_counts_unless_told_otherwise():
-    """SFTTrainer would ignore it without completion_only_loss=True; a scorer by itself takes it at its word."""
-    row = {"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}
-    assert RowPreparer()(row).labels.tolist() == [-100, -100, 7]
-    assert RowPreparer(config=RowConfig(completion_only_loss=False))(row).labels.tolist() == [5, 6, 7]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
-def test_padding_is_taken_off_with_its_labels(side, kind):
-    ids, mask, labels = [5, 6, 7], [1, 1, 1], [-100, 6, 7]
-    padded = {
-        name: kind([filler] * 2 + values if side == "left" else values + [filler] * 2)
-        for name, values, filler in (("input_ids", ids, 0), ("attention_mask", mask, 0), ("labels", labels, -100))
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, lambda x: np.array(x, dtype=np.int32)])
+@pytest.mark.parametrize("padding", [([], [0, 0]), ([0, 0, 0], []), ([0], [0])], ids=["right", "left", "both"])
+def test_padding_is_removed_on_either_side(kind, padding):
+    left, right = padding
+    example = {
+        "input_ids": kind([*left, *IDS, *right]),
+        "labels": kind([5] * len(left) + [-100, *IDS[1:]] + [5] * len(right)),
+        "attention_mask": kind([*left, *[1] * 12, *right]),
+        "position_ids": kind([1] * len(left) + list(range(12)) + [1] * len(right)),
     }
-    row = RowPreparer()(padded)
-    assert (row.input_ids.tolist(), row.labels.tolist()) == (ids, labels)
+    row = RowPreparer(config=RowConfig(max_length=11))(example)  # truncation counts tokens, not padding
+    assert row.reason is None
+    assert row.input_ids.dtype == row.labels.dtype == np.int64
+    assert row.input_ids.tolist() == IDS[:11]
+    assert row.labels.tolist() == [-100, *IDS[1:11]]
+    assert row.n_labelled == 10
+
+
+def test_arrays_are_not_the_callers():
+    ids = np.array(IDS)
+    row = RowPreparer()({"input_ids": ids, "labels": ids})
+    ids[:] = 0
+    assert row.input_ids.tolist() == row.labels.tolist() == IDS
+
+
+def test_masks_of_a_row_with_labels_are_not_looked_at():
+    row = RowPreparer()({"input_ids": IDS, "labels": IDS, "completion_mask": [0], "assistant_masks": None})
+    assert row.reason is None
+    assert row.labels.tolist() == IDS
+
+
+def test_tokens_are_taken_as_they_are_beside_text():
+    row = RowPreparer(config=RowConfig(assistant_only_loss=True))(
+        {"messages": chats()[0], "input_ids": IDS, "labels": IDS}
+    )
+    assert row.input_ids.tolist() == IDS
+
+
+def test_a_completion_mask_that_does_not_count_is_said_once(caplog):
+    prepare = RowPreparer()
+    with caplog.at_level(logging.WARNING):
+        rows = [prepare(row) for row in FORMS["completion_mask"]]
+    assert all(row.n_labelled == len(row.input_ids) - 1 for row in rows)
+    assert [record.message.split(":")[-1] for record in caplog.records] == [" set completion_only_loss=True."]
+
+
+def test_tokenised_rows_need_no_trl():
+    code = (
+        "import sys; from forvalue_callbacks.rows import RowPreparer; "
+        "assert RowPreparer()({'input_ids': [1, 2], 'labels': [1, 2]}).n_labelled == 1; "
+        "print([name for name in sys.modules if name.split('.')[0] == 'trl'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() in ("[]", "['trl']"), out.stdout
+
+
+# ---- raw rows beyond what SFTTrainer takes ----
+
+
+@pytest.mark.parametrize("example", [{"conversations": chats()[0]}, {"messages": chats(from_value)[0]}])
+def test_conversations_with_roles_and_messages_with_from_are_taken(example, tokenizer):
+    assert (
+        RowPreparer(tokenizer)(example).labels.tolist() == RowPreparer(tokenizer)(FORMS["messages"][0]).labels.tolist()
+    )
+
+
+@pytest.mark.parametrize("rows", FORMS.values(), ids=FORMS)
+def test_the_example_is_left_as_it_is(rows, tokenizer):
+    before = copy.deepcopy(rows)
+    prepare = RowPreparer(tokenizer)
+    for row in rows:
+        prepare(row)
+        prepare(row)
+    assert rows == before
+
+
+# ---- rows that cannot be scored ----
+
+BAD_ROWS = {
+    "list": (["input_ids"], "the row is a list: make it a mapping"),
+    "none": (None, "the row is a NoneType"),
+    "ids-none": ({"input_ids": None}, "'input_ids' is None: fill it or drop the row"),
+    "ids-empty": ({"input_ids": []}, "no tokens in 'input_ids'"),
+    "ids-all-padding": ({"input_ids": [0, 0], "attention_mask": [0, 0]}, "no tokens in 'input_ids'"),
+    "ids-text": ({"input_ids": "the sky"}, "'input_ids' must be one flat list of integers, not this str"),
+    "ids-number": ({"input_ids": 3}, "'input_ids' must be one flat list of integers, not this int"),
+    "ids-floats": ({"input_ids": [1.5, 2.0]}, "'input_ids' must be one flat list of integers, not this list"),
+    "ids-holes": ({"input_ids": [1, None]}, "'input_ids' must be one flat list of integers"),
+    "ids-nested": ({"input_ids": [IDS]}, "'input_ids' must be one flat list of integers"),
+    "ids-ragged": ({"input_ids": [[1], [1, 2]]}, "'input_ids' must be one flat list of integers"),
+    "ids-bfloat16": ({"input_ids": torch.ones(3, dtype=torch.bfloat16)}, "flat list of integers, not this Tensor"),
+    "ids-dict": ({"input_ids": {"a": 1}}, "'input_ids' must be one flat list of integers, not this dict"),
+    "labels-none": ({"input_ids": IDS, "labels": None}, "'labels' is None"),
+    "labels-class": ({"input_ids": IDS, "labels": 1}, "'labels' must be one flat list of integers, not this int"),
+    "labels-empty": (
+        {"input_ids": IDS, "labels": []},
+        "0 values in 'labels', but 12 in 'input_ids': make them equally",
+    ),
+    "labels-short": ({"input_ids": IDS, "labels": IDS[1:]}, "11 values in 'labels', but 12 in 'input_ids'"),
+    "mask-short": ({"input_ids": IDS, "assistant_masks": [1]}, "1 values in 'assistant_masks', but 12 in 'input_ids'"),
+    "mask-long": ({"input_ids": IDS, "attention_mask": [1] * 13}, "13 values in 'attention_mask', but 12"),
+    "masked": ({"input_ids": IDS, "labels": [-100] * 12}, "no labelled tokens in 'labels': label what"),
+    "mask-zero": ({"input_ids": IDS, "assistant_masks": [0] * 12}, "no labelled tokens in 'assistant_masks'"),
+    "first-only": (
+        {"input_ids": IDS, "labels": [10] + [-100] * 11},
+        "no labelled tokens in 'labels' but the first, which nothing predicts: put a prompt or BOS before it",
+    ),
+    "one-token": ({"input_ids": [10]}, "no labelled tokens in 'input_ids' but the first"),
+    "cut-off": (
+        {"input_ids": [7] * 2000, "labels": [-100] * 1999 + [7]},
+        "no labelled tokens left in 'labels' after truncation of 2,000 tokens to max_length=1024: raise max_length",
+    ),
+    "cut-off-but-first": (
+        {"input_ids": [7] * 2000, "labels": [7] + [-100] * 1998 + [7]},
+        "no labelled tokens left in 'labels' after truncation",
+    ),
+    "ids-beyond": ({"input_ids": [1, 300, 2]}, "token id 300 in 'input_ids' is outside the model's vocabulary of 300"),
+    "ids-negative": ({"input_ids": [1, -1, 2], "labels": [1, 1, 2]}, "token id -1 in 'input_ids' is outside"),
+    "labels-beyond": ({"input_ids": [1, 2], "labels": [-100, 999]}, "token id 999 in 'labels' is outside"),
+    "labels-negative": ({"input_ids": [1, 2], "labels": [-1, 2]}, "token id -1 in 'labels' is outside"),
+    "text-none": ({"text": None}, "'text' is None, not text or a list of messages: fill it or drop the row"),
+    "text-number": ({"text": 3}, "'text' is a int, not text"),
+    "text-empty": ({"text": ""}, "'text' is empty"),
+    "prompt-none": ({"prompt": None, "completion": "a"}, "'prompt' is None"),
+    "completion-none": ({"prompt": "a", "completion": None}, "'completion' is None"),
+    "completion-other": ({"prompt": "a", "completion": chats()[0]}, "'prompt' must be a list of messages with 'role'"),
+    "messages-none": ({"messages": None}, "'messages' is None, not a list of messages"),
+    "messages-text": ({"messages": "hello"}, "'messages' is a str, not a list of messages"),
+    "messages-empty": ({"messages": []}, "'messages' is empty"),
+    "conversations-empty": ({"conversations": []}, "'conversations' is empty"),
+    "messages-texts": ({"messages": ["hello"]}, "'messages' must be a list of messages with 'role' and 'content'"),
+    "messages-refused": (
+        {"messages": [turn("alien", "x")]},
+        "'messages' cannot be tokenised: TemplateError: no aliens",
+    ),
+    "messages-later-text": ({"messages": [turn("user", "x"), "y"]}, "'messages' cannot be tokenised"),
+    "tools": ({"messages": chats()[0], "tools": "{no"}, "'tools' must be JSON"),
+    "kwargs": ({"messages": chats()[0], "chat_template_kwargs": "x"}, "'chat_template_kwargs' a mapping"),
+    "labels-of-text": ({"text": "the sky", "labels": 1}, "'labels' must be one flat list of integers, not this int"),
+}
+
+
+@pytest.mark.parametrize(("example", "reason"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_row_that_cannot_be_scored_says_why(example, reason, tokenizer):
+    row = RowPreparer(tokenizer, max_positions=1024, vocab_size=300)(example)
+    assert isinstance(row, Row)
+    assert reason in row.reason
+    assert len(row.input_ids) == len(row.labels) == row.n_labelled == 0
+
+
+def test_a_row_longer_than_the_model_says_so():
+    prepare = RowPreparer(config=RowConfig(max_length=None), max_positions=1024)
+    row = prepare({"input_ids": [7] * 2000})
+    assert row.reason == "2,000 tokens in 'input_ids', but the model takes 1,024: set max_length=1024"
+    assert prepare({"input_ids": [7] * 1024}).reason is None
+
+
+def test_a_conversation_without_assistant_says_so():
+    prepare = RowPreparer(build_tokenizer(chatml(markers=True)), RowConfig(assistant_only_loss=True))
+    row = prepare({"messages": [turn("user", "x")]})
+    assert row.reason == "no labelled tokens in 'messages': add an assistant's turn, or drop the row"
+
+
+# ---- set-ups that cannot work ----
+
+ASSISTANT = RowConfig(assistant_only_loss=True)
+BAD_SET_UPS = {
+    "unknown": ({"a": 1, "b": 2}, None, r"no known column \(columns found: 'a', 'b'\): give 'input_ids'.*now 'text'"),
+    "empty": ({}, None, "no known column"),
+    "prompt-alone": (
+        {"prompt": "a", "text": "b"},
+        None,
+        "no known column .*'prompt', 'text'.*'prompt' with 'completion'",
+    ),
+    "completion-alone": ({"completion": "a"}, None, "no known column"),
+    "other-text": ({"text": "a"}, RowConfig(dataset_text_field="body"), "columns found: 'text'.*now 'body'"),
+    "assistant-text": ({"text": "a"}, ASSISTANT, "assistant_only_loss=True needs conversations, but 'text' is text"),
+    "assistant-pair": (PAIRS[0], ASSISTANT, "needs conversations, but 'prompt' and 'completion' is text"),
+    "assistant-ids": ({"input_ids": IDS}, ASSISTANT, "'labels' or 'assistant_masks' with 'input_ids'"),
+    "assistant-template": ({"messages": chats()[0]}, ASSISTANT, r"needs {% generation %} markers"),
+    "packed": ({"input_ids": IDS, "seq_lengths": [6, 6]}, None, "packed rows .*'seq_lengths'.*score before packing"),
+    "restart": (
+        {"input_ids": IDS, "position_ids": [*range(6)] * 2},
+        None,
+        "packed rows .*restart.*score before packing",
+    ),
+    "single-tokens": ({"input_ids": [1, 2], "position_ids": [0, 0]}, None, "score before packing"),
+    "image": ({"image": None, "messages": []}, None, "rows with images .*'image', 'messages'.*pass a data_collator"),
+    "images": ({"input_ids": IDS, "images": []}, None, "pass a data_collator"),
+}
+
+
+@pytest.mark.parametrize(("example", "config", "message"), BAD_SET_UPS.values(), ids=BAD_SET_UPS)
+def test_a_set_up_that_cannot_work_raises(example, config, message, tokenizer):
+    for _ in range(2):
+        prepare = RowPreparer(tokenizer, config)
+        with pytest.raises(ValueError, match=message):
+            prepare(example)
+
+
+@pytest.mark.parametrize("form", ["text", "prompt-completion", "messages", "conversations"])
+def test_raw_rows_need_a_tokenizer(form):
+    with pytest.raises(ValueError, match=r"raw rows \(columns found: .*\) need a tokenizer: pass processing_class"):
+        RowPreparer()(FORMS[form][0])
+
+
+def test_text_needs_an_eos_token():
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"set tokenizer\.eos_token"):
+        RowPreparer(tokenizer)({"text": "a"})
+
+
+@pytest.mark.parametrize("config", [None, ASSISTANT])
+def test_conversations_need_a_chat_template(config):
+    prepare = RowPreparer(build_tokenizer(), config)
+    with pytest.raises(ValueError, match="no chat template"):
+        prepare({"messages": chats()[0]})
+
+
+def test_a_chat_template_may_come_with_the_row(tokenizer):
+    example = {"messages": chats()[0], "chat_template_kwargs": {"chat_template": chatml()}}
+    assert RowPreparer(build_tokenizer())(example).labels.tolist() == RowPreparer(tokenizer)(example).labels.tolist()
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("example", "needed"),
     [
-        ({"input_ids": [5, 6], "labels": [-100, -100]}, "no labelled tokens"),
-        ({"input_ids": [5, 6], "labels": [5, -100]}, "only one is on the first token"),
-        ({"input_ids": [5] * 40, "labels": [-100] * 30 + [5] * 10}, "within max_length=20: raise it"),
-        ({"input_ids": [5] * 20}, "20 tokens, but the model takes 19: set max_length"),
-        ({"input_ids": [5, 99]}, "input_ids holds 99, outside the model's vocabulary of 50"),
-        ({"input_ids": [5, 6], "labels": [5, -1]}, "labels holds -1"),
-        ({"input_ids": [5, 6], "labels": [5]}, "'labels' has 1 entries, input_ids 2"),
-        ({"input_ids": None}, "'input_ids' is empty"),
-        ({"input_ids": []}, "'input_ids' is empty"),
-        ({"input_ids": [[5], [6]]}, "not a flat list of integers"),
-        ({"input_ids": [[5], [6, 7]]}, "not a flat list of integers"),
-        ({"input_ids": [0.5, 0.25]}, "not a flat list of integers"),
-        ({"text": None}, "'text' holds NoneType, not text"),
-        ({"prompt": "Hi.", "completion": None}, "'completion' holds NoneType"),
-        ({"messages": None}, "['messages'] are empty"),
-        ({"messages": []}, "['messages'] are empty"),
-        ([5, 6], "the row is a list"),
+        ({"images": [], "messages": []}, True),
+        ({"image": None}, True),
+        ({"input_ids": IDS}, True),
+        ({"input_ids": IDS, "labels": IDS}, False),
+        ({"input_ids": IDS, "assistant_masks": IDS}, False),
+        ({"text": "a"}, False),
+        (None, False),
     ],
 )
-def test_a_bad_row_gets_a_reason_and_never_raises(row, reason, tokenizer):
-    config = RowConfig(max_length=20)
-    assert reason in RowPreparer(tokenizer, config, max_positions=19, vocab_size=50)(row).reason
-
-
-@pytest.mark.parametrize(
-    ("row", "options", "message"),
-    [
-        ({"question": "Hi."}, {}, r"no column to score in \['question'\].*'prompt' and 'completion'"),
-        ({"prompt": "Hi."}, {}, "no 'completion'"),
-        ({"text": "Hi.", "image": 1}, {}, "data_collator"),
-        ({"input_ids": [5, 6], "seq_lengths": [1, 1]}, {}, "score before packing"),
-        ({"input_ids": [5, 6, 7], "position_ids": [0, 1, 0]}, {}, "score before packing"),
-        ({"text": "Hi."}, {"assistant_only_loss": True}, "conversational"),
-    ],
-)
-def test_a_set_up_that_fits_no_row_raises_with_the_way_out(row, options, message, tokenizer):
-    with pytest.raises(ValueError, match=message):
-        RowPreparer(tokenizer, RowConfig(**options))(row)
-
-
-def test_raw_rows_need_a_tokenizer():
-    with pytest.raises(ValueError, match=r"\['text'\] are not tokenised: pass processing_class"):
-        RowPreparer()({"text": "Hi."})
-    with pytest.raises(ValueError, match="truncation_mode"):
-        RowConfig(truncation_mode="keep_middle")
-
-
-def test_only_rows_without_labels_or_with_images_need_a_collator():
-    assert needs_collator({"input_ids": [1]})
-    assert needs_collator({"images": [], "messages": []})
-    assert not needs_collator({"input_ids": [1], "completion_mask": [1]})
-    assert not needs_collator({"text": "Hi."})
+def test_which_rows_a_collator_prepares(example, needed):
+    assert needs_collator(example) is needed
