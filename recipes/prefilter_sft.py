@@ -91,7 +91,8 @@ def show(scores: ForValueScores, rows, n: int) -> None:
         print(f"\n{title} rows")
         for i in chosen:
             noisy = " (noisy)" if "is_noisy" in rows.column_names and rows[int(i)]["is_noisy"] else ""
-            text = {k: v for k, v in rows[int(i)].items() if k in ("text", "prompt", "completion", "messages")}
+            columns = [c for c in ("text", "prompt", "completion", "messages") if c in rows.column_names]
+            text = " -> ".join(repr(rows[int(i)][c])[:160] for c in columns)
             print(f"  {scores.values[i]:+.4g}{noisy}  {text}")
 
 

@@ -16,6 +16,9 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 RECIPES = {
     "benchmark_speed": ["--shape", "tiny", "--rows", "2", "--length", "8", "--validation_rows", "2", "--repeats", "1"],
     "demo": ["--rows", "40", "--epochs", "0.1", "--output_dir", "out"],
+    "find_mislabels": [
+        *("--train_rows", "120", "--validation_rows", "90", "--seeds", "1", "--noise", "0.3", "--output_dir", "out")
+    ],
     "prefilter_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
     "reweight_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
 }
@@ -49,6 +52,9 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
         assert out.count("\n| ") == 4 + 7, "two tables"
         names = {path.name for path in Path("out").iterdir()}
         assert {"scores_gradient.png", "scores_gradient.parquet", "table.md"} <= names
+    if name == "find_mislabels":
+        assert out.count("\n| ") == 1 + 9
+        assert Path("out/auc.png").is_file()
     if name == "prefilter_sft":
         report = json.loads(Path("out/report.json").read_text())
         assert report["rows"] == 40

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rows import Row, RowPreparer
-
-# Padded tokens in one pass. On a CPU a batch should stay in the cache: 2,048 is 1.4 times as fast as 8,192.
-CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16384
+from ..scorer import tokens_per_batch
 
 
 @dataclass
@@ -47,8 +45,7 @@ def batches(
     items: Sequence[Row], max_tokens: int | None = None, device: torch.device | None = None
 ) -> Iterator[Batch]:
     """Rows sorted by length, the longest first, cut so that no padded batch exceeds `max_tokens` (or one row)."""
-    if max_tokens is None:
-        max_tokens = CPU_TOKENS if device is None or device.type == "cpu" else ACCELERATOR_TOKENS
+    max_tokens = max_tokens or tokens_per_batch(device)
     order = sorted(range(len(items)), key=lambda i: -len(items[i].input_ids))
     while order:
         longest = len(items[order[0]].input_ids)
