@@ -143,8 +143,11 @@ class ForValueScores:
                 "score       " + "  ".join(f"{name} {q:.4g}" for name, q in zip(names, quantiles, strict=True))
             )
             rho = spearman(self.values[scored], self.n_labelled[scored])
-            hint = ": long rows decide; compare normalize='length'" if abs(rho) > 0.5 else ""
-            lines.append(f"length      Spearman correlation of score and labelled tokens {rho:+.2f}{hint}")
+            if np.isnan(rho):  # nothing to correlate with
+                lines.append("length      all scores or all numbers of labelled tokens are the same")
+            else:
+                hint = ": long rows decide; compare normalize='length'" if abs(rho) > 0.5 else ""
+                lines.append(f"length      Spearman correlation of score and labelled tokens {rho:+.2f}{hint}")
         return "\n".join(lines)
 
     def plot(

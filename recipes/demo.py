@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig
 from sklearn.metrics import roc_auc_score
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
@@ -109,7 +111,9 @@ def constant_scores(values: np.ndarray) -> ForValueScores:
 
 def main(config: DemoConfig) -> list[dict[str, Any]]:
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     disable_progress_bar()
+    warnings.simplefilter("ignore", category=Warning)  # notes between the frameworks, nothing for who runs a demo
     logging.getLogger("forvalue_callbacks").setLevel(logging.WARNING)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +175,7 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
     runs[f"reweight by {best}"] = best, ForValueCallback(validation, Reweight(0.5), scores=valued[best])
     runs["clean rows only"] = None, ForValueCallback(validation, Threshold(0.5), scores=constant_scores(~noisy))
     table = []
-    for name, (direction, callback) in runs.items():
+    for name, (direction, callback) in (bar := tqdm(runs.items(), desc="fine-tuning", unit="run")):
         trainer = make_trainer(config, train, test, [callback] if callback else [])
         started = time.perf_counter()
         trainer.train()
@@ -186,7 +190,7 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
                 "x evaluate()": round(valuation[direction] / pass_seconds, 2) if direction else "",
             }
         )
-        print(f"  {name}: held-out loss {table[-1]['held-out loss']}, {seconds:.0f} s")
+        bar.set_postfix_str(f"{name}: held-out loss {table[-1]['held-out loss']}")
     (out / "table.md").write_text(markdown(found) + "\n\n" + markdown(table) + "\n")
     print("\n" + markdown(table))
     print(f"\nPictures and scores are in {out}: look at {out / f'scores_{best}.png'}.")
