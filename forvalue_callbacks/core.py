@@ -269,12 +269,13 @@ def score_pairs(
     """
     dtype = working_dtype(head.weight, hidden_TD, other_hidden_TD)
     out = torch.zeros(n_rows, n_other_rows, dtype=torch.float64, device=hidden_TD.device)
+    others = [(tile, other_hidden_TD[tile].to(dtype)) for tile in _blocks(len(other_hidden_TD), token_tile)]
+    other_log_norms = [log_normalizer(head, other_hidden, vocab_block) for _, other_hidden in others]
     for tile in _blocks(len(hidden_TD), token_tile):
         hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
         log_norm = log_normalizer(head, hidden, vocab_block)
-        for other in _blocks(len(other_hidden_TD), token_tile):
-            other_hidden, other_labels = other_hidden_TD[other].to(dtype), other_labels_T[other]
-            other_log_norm = log_normalizer(head, other_hidden, vocab_block)
+        for (other, other_hidden), other_log_norm in zip(others, other_log_norms, strict=True):
+            other_labels = other_labels_T[other]
             products = hidden.new_zeros(len(hidden), len(other_hidden))
             for block in _blocks(head.vocab_size, vocab_block):
                 left = errors(head, hidden, labels, log_norm, block)

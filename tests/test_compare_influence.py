@@ -13,7 +13,6 @@ from sklearn.metrics import roc_auc_score
 from trl import TrlParser
 
 from forvalue_callbacks import ForValueConfig
-from forvalue_callbacks.tiny import TINY_MODEL
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -127,10 +126,6 @@ def run(tmp_path_factory):
     return folder, recipe.main(config)
 
 
-needs_tiny_model = pytest.mark.skipif(not (TINY_MODEL / "config.json").exists(), reason="the tiny model is not there")
-
-
-@needs_tiny_model
 def test_a_small_run_compares_every_method_at_every_checkpoint(run):
     folder, results = run
     methods = {result.method for result in results}
@@ -143,7 +138,6 @@ def test_a_small_run_compares_every_method_at_every_checkpoint(run):
         assert len(list(csv.DictReader(file))) == len(results)
 
 
-@needs_tiny_model
 def test_a_small_run_writes_a_table_with_best_and_last_checkpoint_and_a_picture(run):
     folder, _ = run
     text = (folder / "results.md").read_text()
