@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .policies import Drop, Policy, describe
 from .rows import RowConfig
-from .sampler import ResamplingSampler, install_sampler
+from .sampler import install_sampler
 from .scorer import ForValueConfig, ForValueScorer
 from .scores import ForValueScores
 
@@ -67,7 +67,6 @@ class ForValueCallback(TrainerCallback):
         self.groups = groups
         self.weights: np.ndarray | None = None
         self._given = self.scores is not None
-        self._sampler: ResamplingSampler | None = None
         self._to_print: dict[str, float] | None = None
 
     def on_train_begin(
@@ -96,9 +95,7 @@ class ForValueCallback(TrainerCallback):
         assert self.scores is not None
         seconds = time.perf_counter() - started
         self.weights = apply_policy(self.policy, self.scores, dataset, self.groups)
-        self._sampler = install_sampler(
-            train_dataloader, self.weights, seed=args.seed if args.data_seed is None else args.data_seed
-        )
+        install_sampler(train_dataloader, self.weights, seed=args.seed if args.data_seed is None else args.data_seed)
         if args.process_index == 0:
             self.scores.save(_folder(args) / SCORES_FILE)
         _warn_of_unscored(self.scores)
@@ -121,13 +118,6 @@ class ForValueCallback(TrainerCallback):
             facts["effective_sample_size"],
             self.scores.summary(),
         )
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # The trainer tells the sampler its epoch only on one rank and in some versions; a resumed run needs it.
-        if self._sampler is not None:
-            self._sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_log(
         self,

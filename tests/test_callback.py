@@ -308,14 +308,14 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 sys.path.insert(0, sys.argv[1])
 from conftest import build_model
-from test_callback import VALIDATION, Drop, ForValueCallback, collate, rows_with_id
+from test_callback import VALIDATION, Drop, ForValueCallback, ForValueConfig, collate, rows_with_id
 
 seen = []
 def note(rows):
     seen.extend(row["input_ids"][0] - 3 for row in rows)
     return collate(rows)
 
-callback = ForValueCallback(VALIDATION, Drop(0.25))
+callback = ForValueCallback(VALIDATION, Drop(0.25), ForValueConfig(max_tokens_per_batch=40))  # several batches
 args = TrainingArguments(
     output_dir=sys.argv[2], use_cpu=True, report_to=[], per_device_train_batch_size=int(sys.argv[3]), max_steps=6,
     save_strategy="no", disable_tqdm=True, seed=5, train_sampling_strategy=sys.argv[4],
