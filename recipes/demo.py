@@ -10,7 +10,6 @@ rows, with all rows reweighted, and on the clean rows alone (which nobody knows 
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -114,7 +113,6 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
     transformers_logging.disable_progress_bar()
     disable_progress_bar()
     warnings.simplefilter("ignore", category=Warning)  # notes between the frameworks, nothing for who runs a demo
-    logging.getLogger("forvalue_callbacks").setLevel(logging.WARNING)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     train = instructions(config.rows, seed=config.seed, noise=config.noise)

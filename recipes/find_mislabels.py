@@ -10,7 +10,6 @@ deviation over seeds: which rows are drawn, which are noisy, which validate.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +143,6 @@ def evaluate(config: MislabelConfig, model, tokenizer, seed: int) -> dict[str, f
 
 
 def main(config: MislabelConfig) -> dict[str, list[float]]:
-    logging.getLogger("forvalue_callbacks").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # scikit-learn's, on defaults that will change
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
