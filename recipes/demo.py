@@ -3,7 +3,7 @@
     make demo        or        python recipes/demo.py --noise 0.3 --seed 0
 
 1,000 instruction rows, 30 % of them with a wrong answer, are scored against 200 clean held-out rows: along the
-published direction and two more. Then the tiny model is fine-tuned with LoRA through `SFTTrainer` and
+published direction and three more. Then the tiny model is fine-tuned with LoRA through `SFTTrainer` and
 `ForValueCallback`, from one start and for as many steps each: on all rows, without a random share, without the worst
 rows, with all rows reweighted, and on the clean rows alone (which nobody knows in practice).
 """
@@ -40,7 +40,7 @@ from forvalue_callbacks import (
 from forvalue_callbacks.tiny import instructions
 
 # As published first; the last one is what the fine-tuning drops and reweights by.
-DIRECTIONS = ("gradient", "whitened", "fitted_likelihood")
+DIRECTIONS = ("gradient", "whitened", "fitted", "fitted_likelihood")
 
 
 @dataclass

@@ -49,7 +49,7 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
     out = capsys.readouterr().out
     if name == "demo":
-        assert out.count("\n| ") == 4 + 7, "two tables"
+        assert out.count("\n| ") == 5 + 7, "two tables"
         names = {path.name for path in Path("out").iterdir()}
         assert {"scores_gradient.png", "scores_gradient.parquet", "table.md"} <= names
     if name == "find_mislabels":
