@@ -138,28 +138,25 @@ def add_gradient(
     head: Head,
     hidden_TD: Tensor,
     labels_T: Tensor,
-    weights_T: Tensor | None = None,
     *,
     token_tile: int = TOKEN_TILE,
     vocab_block: int = VOCAB_BLOCK,
 ) -> Tensor:
-    """Add `G = sum_t w_t e_t h_t^T` to `out_VD`: the gradient of `sum_t w_t log p_t(y_t)` in W (paper, Eq. 2).
+    """Add `G = sum_t e_t h_t^T` to `out_VD`: the gradient of `sum_t log p_t(y_t)` in W (paper, Eq. 2).
 
-    Naive: `(w * e).T @ hidden`. The log-normaliser first, then `out[block] += e_block^T H`.
+    Naive: `e.T @ hidden`. The log-normaliser first, then `out[block] += e_block^T H`.
 
     Args:
         out_VD: accumulator, (V, D), changed in place.
         hidden_TD: inputs of the head at the labelled positions, (T, D).
         labels_T: the tokens predicted there, (T,).
-        weights_T: one factor per position, (T,); 1 where None.
     """
     dtype = working_dtype(head.weight, hidden_TD)
     for tile in _blocks(len(hidden_TD), token_tile):
         hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
         log_norm = log_normalizer(head, hidden, vocab_block)
-        weighted = hidden if weights_T is None else hidden * weights_T[tile, None].to(dtype)
         for block in _blocks(head.vocab_size, vocab_block):
-            out_VD[block].addmm_(errors(head, hidden, labels, log_norm, block).T.to(out_VD.dtype), weighted)
+            out_VD[block].addmm_(errors(head, hidden, labels, log_norm, block).T.to(out_VD.dtype), hidden)
     return out_VD
 
 

@@ -67,7 +67,7 @@ def fit_head(head: Head, hidden_TD: Tensor, labels_T: Tensor, rows_T: Tensor, se
 
     rows = rows_T.unique()
     folds = min(FOLDS, len(rows))
-    fold_of_row = torch.randperm(len(rows), generator=generator).to(rows.device) % max(folds, 1)
+    fold_of_row = torch.randperm(len(rows), generator=generator).to(rows.device) % folds
     fold_T = fold_of_row[torch.searchsorted(rows, rows_T)]
     everywhere = torch.ones_like(fold_T, dtype=torch.bool)
     zero = hidden_TD.new_zeros(len(seen_S), hidden_TD.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,29 +105,6 @@ class ForValueScores:
             log_likelihood=table["log_likelihood"].to_numpy(),
             n_labelled=table["n_labelled"].to_numpy(),
             metadata=metadata,
-        )
-
-    @classmethod
-    def merge(cls, parts: Sequence[ForValueScores], index: Sequence[Sequence[int]]) -> ForValueScores:
-        """Puts shards together: row j of `parts[i]` becomes row `index[i][j]`.
-
-        Raises:
-            ValueError: the shards were not made of the same, or do not cover the rows 0 ... N-1 once each.
-        """
-        if len({part.fingerprint for part in parts}) != 1:
-            raise ValueError("cannot merge these shards: they were made of different weights, data or config")
-        rows = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in index])
-        order = np.argsort(rows, kind="stable")
-        fits = [len(part) for part in parts] == [len(rows) for rows in index]
-        if not fits or not np.array_equal(rows[order], np.arange(len(rows))):
-            raise ValueError(f"cannot merge these shards: their rows are not 0 to {len(rows) - 1}, once each")
-        reasons = [reason for part in parts for reason in part.reasons]
-        return cls(
-            values=np.concatenate([part.values for part in parts])[order],
-            reasons=[reasons[i] for i in order],
-            log_likelihood=np.concatenate([part.log_likelihood for part in parts])[order],
-            n_labelled=np.concatenate([part.n_labelled for part in parts])[order],
-            metadata=parts[0].metadata,
         )
 
     def summary(self) -> str:

@@ -94,14 +94,6 @@ def test_a_metric_stands_between_the_hidden_states():
     assert relative(norm, (left @ metric * left).sum()[None]) < 1e-10
 
 
-def test_token_weights_scale_their_tokens_gradient():
-    head, (hidden, _), (labels, _) = make("all")
-    weights = torch.rand(T, dtype=torch.float64)
-    got = core.add_gradient(torch.zeros(V, D, dtype=torch.float64), head, hidden, labels, weights, token_tile=4)
-    want = sum(weights[t] * gradient(head, hidden[t : t + 1], labels[t : t + 1]) for t in range(T))
-    assert relative(got, want) < 1e-12
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", HEADS)
 def test_low_precision_is_no_worse_than_the_naive_code(kind, dtype):

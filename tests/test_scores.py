@@ -95,25 +95,6 @@ def test_the_fingerprint_depends_on_what_made_the_scores_and_on_nothing_else():
     assert len(make_scores().fingerprint) == 32
 
 
-def test_merged_shards_are_the_scores_of_the_whole():
-    whole = make_scores(20)
-    index = [range(1, 20, 2), range(0, 20, 2)]
-    parts = [
-        ForValueScores(
-            whole.values[rows], [whole.reasons[i] for i in rows], whole.log_likelihood[rows], whole.n_labelled[rows],
-            whole.metadata,
-        )
-        for rows in map(list, index)
-    ]  # fmt: skip
-    assert_same(ForValueScores.merge(parts, index), whole)
-    with pytest.raises(ValueError, match="rows are not 0 to 19, once each"):
-        ForValueScores.merge(parts, [range(10), range(10)])
-    with pytest.raises(ValueError, match="once each"):
-        ForValueScores.merge(parts, [range(9), range(9, 20)])
-    with pytest.raises(ValueError, match="different weights, data or config"):
-        ForValueScores.merge([make_scores(5), make_scores(5, MADE_OF | {"data": "d2"})], [range(5), range(5, 10)])
-
-
 def test_a_row_has_either_a_score_or_a_reason():
     with pytest.raises(ValueError, match="row 1 has the score nan and the reason None"):
         ForValueScores(np.array([1.0, np.nan]), [None, None], np.zeros(2), np.ones(2))
