@@ -1,38 +1,28 @@
-"""Data set in, scores out: batches by length under a token budget, sharded across ranks."""
+"""Data set in, scores out."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from accelerate.utils import gather_object, reduce
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from datasets.fingerprint import Hasher
+from accelerate.utils import reduce
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import core
+from .batching import Batcher, Item, Labelled, concatenate, world
 from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found, whole
-from .rows import Row, RowConfig, RowPreparer, needs_collator
+from .rows import RowConfig, RowPreparer
 from .scores import ForValueScores
 
 logger = logging.getLogger(__name__)
 
-# Rows are read, sorted by length and batched a window at a time: memory stays flat however long the data set is, and
-# 4,096 rows are enough for batches alike in length.
-WINDOW = 4096
-# Padded tokens in one forward pass. On a CPU a batch should stay in the cache: 2,048 is 1.4 times as fast as 8,192.
-CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16384
-# Rows per batch where a data collator makes the batch (images), whose token count nobody knows before.
-COLLATED_ROWS = 8
 # Share of the mean diagonal that is added to the second moment before it is inverted.
 WHITENING_RIDGE = 0.01
 OVERFLOW = "hidden states or logits overflow; try forward_dtype='bfloat16' or float32 weights"
@@ -96,40 +86,6 @@ class ForValueConfig:
         return self.direction.startswith("fitted")
 
 
-@dataclass
-class Labelled:
-    """The labelled positions of some rows after a forward pass."""
-
-    index: list[int]  # the rows' places in the data set
-    lengths: list[int]  # labelled positions of each row
-    hidden_TD: Tensor  # inputs of the head, row after row
-    labels_T: Tensor
-
-    @property
-    def rows_T(self) -> Tensor:
-        """Which row (0, 1, ... of this batch) each position belongs to."""
-        lengths = torch.tensor(self.lengths, device=self.hidden_TD.device)
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=lengths.device), lengths)
-
-    def sum(self, values_T: Tensor) -> np.ndarray:
-        """Sum of a value over the positions of each row, float64 (rows,)."""
-        out = torch.zeros(len(self.lengths), dtype=torch.float64, device=values_T.device)
-        return out.index_add_(0, self.rows_T, values_T.double()).cpu().numpy()
-
-
-@dataclass
-class _Item:
-    """A row that can be scored: token ids, or, where a collator makes the batch, the example itself."""
-
-    index: int
-    row: Row | None
-    example: Mapping[str, Any] | None = None
-
-    @property
-    def tokens(self) -> int:
-        return 1 if self.row is None else len(self.row.input_ids)
-
-
 class ForValueScorer:
     """For-Value scores of a data set against a validation set, by forward passes alone.
 
@@ -169,7 +125,6 @@ class ForValueScorer:
         self.config = config or ForValueConfig()
         self.backbone = Backbone(model, self.config.forward_dtype)
         self.validation_dataset = validation_dataset
-        self.data_collator = data_collator
         self.rows = rows or RowConfig()
         self.prepare = RowPreparer(
             processing_class,
@@ -177,13 +132,14 @@ class ForValueScorer:
             max_positions=self.backbone.max_positions,
             vocab_size=self.backbone.head().vocab_size,
         )
-        self.progress = progress
+        self.batcher = Batcher(
+            self.backbone, self.prepare, data_collator, self.config.max_tokens_per_batch, progress=progress
+        )
         self._made_of: dict[str, str] | None = None
-        self._max_tokens = self.config.max_tokens_per_batch or tokens_per_batch(self.backbone.device)
         self._direction: Tensor | None = None
         self.fit: Fit | None = None  # how the head was fitted, with "fitted" and "fitted_likelihood"
         self._second_moment: Tensor | None = None
-        self._validation_items: list[_Item] | None = None
+        self._validation_items: list[Item] | None = None
 
     # ---- what users call ----
 
@@ -210,7 +166,7 @@ class ForValueScorer:
                     values = values / square.clamp(min=1e-30).sqrt().cpu().numpy()
                 return list(zip(values.tolist(), log_p.tolist(), batch.lengths, strict=True))
 
-            results, reasons, data_hash = self._map(dataset, score, "scoring")
+            results, reasons, data_hash = self.batcher.map(dataset, score, "scoring")
         values = np.full(len(reasons), np.nan)
         log_likelihood = np.full(len(reasons), np.nan)
         n_labelled = np.zeros(len(reasons), dtype=np.int64)
@@ -235,7 +191,7 @@ class ForValueScorer:
                 score_T, _ = self._score_tokens(head, direction, batch)
                 return list(score_T.double().cpu().split(batch.lengths))
 
-            results, reasons, _ = self._map(dataset, score, "scoring tokens")
+            results, reasons, _ = self.batcher.map(dataset, score, "scoring tokens")
         return [results.get(i, torch.zeros(0, dtype=torch.float64)) for i in range(len(reasons))]
 
     def pairwise(self, dataset: Iterable[Mapping[str, Any]]) -> Tensor:
@@ -253,7 +209,7 @@ class ForValueScorer:
             self.direction()  # prepares and checks what follows, the metric included
             metric = self._metric()
             items = self._validation()
-            validation = _concatenate(list(self._labelled(items, "validation", all_ranks=True)))
+            validation = concatenate(list(self.batcher.labelled(items, "validation", all_ranks=True)))
             metric_TD = None if metric is None else validation.hidden_TD.to(metric) @ metric
 
             def score(batch: Labelled) -> list[Tensor]:
@@ -272,7 +228,7 @@ class ForValueScorer:
                     ).cpu()
                 )
 
-            results, reasons, _ = self._map(dataset, score, "scoring pairs")
+            results, reasons, _ = self.batcher.map(dataset, score, "scoring pairs")
         out = torch.full((len(reasons), self._n_validation), torch.nan, dtype=torch.float64)
         for i, row in results.items():
             out[i, validation.index] = row
@@ -292,14 +248,14 @@ class ForValueScorer:
             del config["max_tokens_per_batch"]  # changes no score
             self._made_of = {
                 "weights": hash_weights(self.backbone.model),
-                "validation": _digest("".join(map(_hash_item, self._validation()))),
+                "validation": _digest("".join(item.hash() for item in self._validation())),
                 "config": _digest(repr(sorted(config.items()))),
             }
         return self._made_of
 
     def hash_rows(self, dataset: Iterable[Mapping[str, Any]]) -> str:
         """Hash of rows as the model sees them: what `metadata["made_of"]["data"]` is after scoring them."""
-        return _digest("".join(_hash_item(item) for item, _ in self._items(dataset)))
+        return _digest("".join(item.hash() for item, _ in self.batcher.items(dataset)))
 
     def _score_tokens(self, head: core.Head, direction: Tensor, batch: Labelled) -> tuple[Tensor, Tensor]:
         """Score and log-likelihood of each labelled position, (T,) both."""
@@ -310,10 +266,10 @@ class ForValueScorer:
 
     # ---- the validation side ----
 
-    def _validation(self) -> list[_Item]:
+    def _validation(self) -> list[Item]:
         if self._validation_items is None:
             items, bad, n = [], [], 0
-            for item, reason in self._items(self.validation_dataset):
+            for item, reason in self.batcher.items(self.validation_dataset):
                 n += 1
                 if reason is None:
                     items.append(item)
@@ -330,11 +286,11 @@ class ForValueScorer:
         """Mean gradient over the validation rows, times the inverse second moment if asked for; or the fitted move."""
         items = self._validation()
         shortest = min(items, key=lambda item: item.tokens)
-        self.backbone.check(self._collate([shortest]))
+        self.backbone.check(self.batcher.collate([shortest]))
         head = self.backbone.head()
         if self.config.fits_head:
             # Every rank fits for itself: validation sets are small, and the same fit needs no exchange.
-            positions = _concatenate(list(self._labelled(items, "validation", all_ranks=True)))
+            positions = concatenate(list(self.batcher.labelled(items, "validation", all_ranks=True)))
             self.fit = fit_head(head, positions.hidden_TD, positions.labels_T, positions.rows_T)
             if self.fit.ridge == np.inf:
                 logger.warning("no move of the head predicts held-out validation rows better: use another direction")
@@ -346,14 +302,14 @@ class ForValueScorer:
             head.weight.shape[1], head.weight.shape[1], dtype=torch.float64, device=total_VD.device
         )
         n_rows = n_tokens = 0
-        for batch in self._labelled(items, "validation direction"):
+        for batch in self.batcher.labelled(items, "validation direction"):
             core.add_gradient(total_VD, head, batch.hidden_TD, batch.labels_T)
             n_rows += len(batch.index)
             if whiten:
                 hidden = batch.hidden_TD.double()
                 moment_DD.addmm_(hidden.T, hidden)
                 n_tokens += len(hidden)
-        if _world()[1] > 1:
+        if world()[1] > 1:
             counts = torch.tensor([n_rows, n_tokens], device=total_VD.device)
             total_VD, moment_DD, counts = reduce((total_VD, moment_DD, counts), reduction="sum")
             n_rows, n_tokens = counts.tolist()
@@ -379,166 +335,13 @@ class ForValueScorer:
         if self.config.vocab == "full":
             return direction
         seen = torch.zeros(len(direction), dtype=torch.bool)
-        for item, reason in (*((item, None) for item in self._validation()), *self._items(dataset)):
+        for item, reason in (*((item, None) for item in self._validation()), *self.batcher.items(dataset)):
             if item.row is None:
                 raise ValueError("vocab='seen' needs rows of token ids, not rows that a collator makes batches of.")
             if reason is None:
                 labels = item.row.labels[1:]
                 seen[labels[labels != -100]] = True
         return direction * seen.to(direction.device)[:, None]
-
-    # ---- rows to batches ----
-
-    def _items(self, dataset: Iterable[Mapping[str, Any]], first: int = 0) -> Iterator[tuple[_Item, str | None]]:
-        """Every row of the data set as an item, with the reason where it cannot be scored."""
-        for index, example in enumerate(dataset, first):
-            if self.data_collator is None or not needs_collator(example):
-                row = self.prepare(example)
-                yield _Item(index, row), row.reason
-                continue
-            try:
-                batch = self.data_collator([example])
-            except Exception as error:  # whatever a user's collator finds wrong with a row is the row's reason
-                row = Row.unscorable(f"the data_collator fails: {type(error).__name__}: {error}")
-                yield _Item(index, row), row.reason
-                continue
-            if set(batch) <= {"input_ids", "attention_mask", "labels", "position_ids"}:
-                row = self.prepare({k: v[0] for k, v in batch.items() if k != "position_ids"})
-                yield _Item(index, row), row.reason
-            else:
-                labelled = bool((torch.as_tensor(batch["labels"])[:, 1:] != -100).any())
-                yield _Item(index, None, example), None if labelled else "no labelled tokens after the data_collator"
-
-    def _collate(self, items: Sequence[_Item]) -> dict[str, Any]:
-        if items[0].row is None:
-            assert self.data_collator is not None
-            batch = dict(self.data_collator([item.example for item in items]))
-            if len(batch["input_ids"]) != len(items):
-                raise ValueError("the data_collator flattens rows into one (padding-free): score with a padding one.")
-            return batch
-        rows = [item.row for item in items if item.row is not None]
-        shape = (len(rows), max(len(row.input_ids) for row in rows))
-        input_ids = torch.zeros(shape, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, -100)
-        for i, row in enumerate(rows):
-            n = len(row.input_ids)
-            input_ids[i, :n] = torch.from_numpy(row.input_ids)
-            attention_mask[i, :n] = 1
-            labels[i, :n] = torch.from_numpy(row.labels)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-    def _batches(self, items: list[_Item]) -> list[list[_Item]]:
-        """Items sorted by length, cut where the padded batch would exceed the token budget."""
-        batches: list[list[_Item]] = []
-        for item in sorted(items, key=lambda item: -item.tokens):
-            limit = (
-                COLLATED_ROWS
-                if item.row is None
-                else max(1, self._max_tokens // batches[-1][0].tokens)
-                if batches
-                else 0
-            )
-            if not batches or len(batches[-1]) >= limit or (item.row is None) != (batches[-1][0].row is None):
-                batches.append([])
-            batches[-1].append(item)
-        return batches
-
-    def _labelled(
-        self,
-        items: list[_Item],
-        description: str | None,
-        *,
-        all_ranks: bool = False,
-        bar: Any = None,
-        failed: dict[int, str] | None = None,
-    ) -> Iterator[Labelled]:
-        """Forward passes over this rank's share of the items; `failed` takes in the rows too large for the memory."""
-        rank, world = (0, 1) if all_ranks else _world()
-        batches = self._batches(items)
-        # Sharded models (FSDP, ZeRO-3) gather weights in every forward: all ranks must run equally many.
-        n_forwards = -(-len(batches) // world)
-        mine = batches[rank::world]
-        padding = n_forwards - len(mine)
-        own_bar = bar is None
-        bar = bar if bar is not None else self._bar(len(items), description)
-        for batch in mine:
-            yield from self._forward(batch, failed)
-            bar.update(min(len(batch) * world, bar.total - bar.n) if bar.total else len(batch) * world)
-        for _ in range(padding):
-            self._hidden_states(batches[-1][:1])
-        if own_bar:
-            bar.close()
-
-    def _hidden_states(self, items: Sequence[_Item]) -> Labelled:
-        batch = self._collate(items)
-        hidden = self.backbone.hidden_states(batch)
-        labels = torch.as_tensor(batch["labels"]).to(hidden.device)[:, 1:]
-        mask = labels != -100
-        return Labelled([item.index for item in items], mask.sum(1).tolist(), hidden[:, :-1][mask], labels[mask])
-
-    def _forward(self, items: list[_Item], failed: dict[int, str] | None) -> Iterator[Labelled]:
-        """One forward pass, or several smaller ones where memory runs out."""
-        parts = [items]
-        while parts:
-            part = parts.pop(0)
-            if len(part) > 1 and len(part) * max(item.tokens for item in part) > self._max_tokens:
-                parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
-                continue
-            try:
-                batch = self._hidden_states(part)
-            except Exception as error:
-                tokens = len(part) * max(item.tokens for item in part)
-                if not should_reduce_batch_size(error) or (len(part) == 1 and failed is None):
-                    raise
-                if len(part) == 1 and failed is not None:
-                    failed[part[0].index] = f"out of memory with this row alone ({tokens} tokens): set max_length"
-                    clear_device_cache(garbage_collection=True)
-                    continue
-                self._max_tokens = max(1, min(tokens, self._max_tokens) // 2)
-                logger.warning("out of memory with %d tokens in a batch: going on with %d", tokens, self._max_tokens)
-                clear_device_cache(garbage_collection=True)
-                parts.insert(0, part)
-                continue
-            yield batch
-
-    def _map(
-        self, dataset: Iterable[Mapping[str, Any]], fn: Callable[[Labelled], Sequence[Any]], description: str
-    ) -> tuple[dict[int, Any], list[str | None], str]:
-        """`fn` on every batch of the data set.
-
-        Returns the result of each scored row by index, the reason of each row that was not, and the data's hash.
-        """
-        results: dict[int, Any] = {}
-        failed: dict[int, str] = {}
-        reasons: list[str | None] = []
-        hasher = xxhash.xxh3_64()
-        bar = self._bar(len(dataset) if isinstance(dataset, Sized) else None, description)
-        stream = self._items(dataset)
-        while window := list(islice(stream, WINDOW)):
-            for item, reason in window:
-                reasons.append(reason)
-                hasher.update(_hash_item(item).encode())
-            items = [item for item, reason in window if reason is None]
-            bar.update(len(window) - len(items))
-            for batch in self._labelled(items, None, bar=bar, failed=failed):
-                results.update(zip(batch.index, fn(batch), strict=True))
-        bar.close()
-        if _world()[1] > 1:
-            results = dict(pair for part in gather_object([list(results.items())]) for pair in part)
-            failed = dict(pair for part in gather_object([list(failed.items())]) for pair in part)
-        for index, reason in failed.items():
-            reasons[index] = reason
-        return results, reasons, hasher.hexdigest()
-
-    def _bar(self, total: int | None, description: str | None) -> Any:
-        disable = None if self.progress and _world()[0] == 0 else True
-        return tqdm(total=total, desc=description, unit="row", disable=disable)
-
-
-def tokens_per_batch(device: torch.device | None) -> int:
-    """How many padded tokens one forward pass should hold on a device."""
-    return CPU_TOKENS if device is None or device.type == "cpu" else ACCELERATOR_TOKENS
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -553,24 +356,3 @@ def hash_weights(model: nn.Module) -> str:
 
 def _digest(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
-
-
-def _hash_item(item: _Item) -> str:
-    if item.row is None:
-        return Hasher.hash(item.example)
-    return xxhash.xxh3_64_hexdigest(item.row.input_ids.tobytes() + b"|" + item.row.labels.tobytes())
-
-
-def _concatenate(batches: list[Labelled]) -> Labelled:
-    return Labelled(
-        [i for batch in batches for i in batch.index],
-        [n for batch in batches for n in batch.lengths],
-        torch.cat([batch.hidden_TD for batch in batches]),
-        torch.cat([batch.labels_T for batch in batches]),
-    )
-
-
-def _world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -192,7 +192,10 @@ def test_per_sample_gradients_are_those_of_a_loop_of_backward_passes(architectur
     got = baselines.gradients(model, rows, max_tokens_per_batch=max_tokens)
     assert set(got) == set(want)
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-10, msg=name)
+        if "gemma" in architecture:  # its own RMSNorm rounds to float32 in a float64 model too
+            torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6, msg=name)
+        else:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-10, msg=name)
 
 
 def test_per_sample_gradients_of_a_fused_projection_are_those_of_a_loop_of_backward_passes():

@@ -5,8 +5,7 @@ import transformers
 from conftest import ARCHITECTURES, build_model, build_rows
 from oracles import row_gradient, score_by_autograd, score_by_double_sum
 
-from forvalue_callbacks import ForValueConfig, ForValueScorer
-from forvalue_callbacks import scorer as scorer_module
+from forvalue_callbacks import ForValueConfig, ForValueScorer, batching
 from forvalue_callbacks.rows import RowConfig
 
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
@@ -24,10 +23,13 @@ def relative(got, want):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scores_equal_autograd_on_the_heads_weight(architecture):
-    """float64 to 1e-10, and float32 within 1e-5 of the float64 oracle."""
+    """float64 to 1e-10, and float32 within 1e-5 of the float64 oracle.
+
+    Gemma's own RMSNorm rounds to float32 in a float64 model too, so that a row in a batch differs from the row alone.
+    """
     model = build_model(architecture, torch.float64)
     want = [score_by_autograd(model, row, VALIDATION) for row in TRAIN]
-    assert relative(score(model).values, want) < 1e-10
+    assert relative(score(model).values, want) < (1e-6 if architecture.startswith("gemma") else 1e-10)
     assert relative(score(model.float()).values, want) < 1e-5
 
 
@@ -51,6 +53,19 @@ def test_the_oracle_sees_a_planted_fault(fault):
     assert relative(np.nan_to_num(score(model, wrong).values), want) > 1e-2
 
 
+def test_prompt_means_and_first_states_equal_a_loop():
+    model = build_model("llama", torch.float64)
+    batcher = ForValueScorer(model, VALIDATION, progress=False).batcher
+    items = [item for item, _ in batcher.items(TRAIN)]
+    with torch.no_grad():
+        for batch in batcher.labelled(items):
+            for item, prompt, first in zip(batch.items, batch.prompt_RD, batch.first_RD, strict=True):
+                states = model.base_model(input_ids=torch.from_numpy(item.row.input_ids)[None]).last_hidden_state[0]
+                start = int((item.row.labels != -100).argmax())
+                torch.testing.assert_close(prompt, states[:start].mean(0), rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(first, states[start - 1], rtol=1e-10, atol=1e-12)
+
+
 def test_bf16_within_its_error_budget():
     """No worse than the model itself in bf16 under autograd, plus a tenth."""
     exact = [score_by_autograd(build_model("llama", torch.float64), row, VALIDATION) for row in TRAIN]
@@ -69,7 +84,7 @@ def test_scores_are_the_same_whatever_the_row_order_and_the_window(monkeypatch):
     model, order = build_model(), torch.randperm(len(TRAIN)).tolist()
     want = score(model).values
     assert relative(score(model, [TRAIN[i] for i in order], VALIDATION[::-1]).values, want[order]) < 1e-6
-    monkeypatch.setattr(scorer_module, "WINDOW", 3)
+    monkeypatch.setattr(batching, "WINDOW", 3)
     assert relative(score(model).values, want) < 1e-6
 
 

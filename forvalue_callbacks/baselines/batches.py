@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batching import cut, pad, tokens_per_batch
 from ..rows import Row, RowPreparer
-from ..scorer import tokens_per_batch
 
 
 @dataclass
@@ -45,18 +45,6 @@ def batches(
     items: Sequence[Row], max_tokens: int | None = None, device: torch.device | None = None
 ) -> Iterator[Batch]:
     """Rows sorted by length, the longest first, cut so that no padded batch exceeds `max_tokens` (or one row)."""
-    max_tokens = max_tokens or tokens_per_batch(device)
-    order = sorted(range(len(items)), key=lambda i: -len(items[i].input_ids))
-    while order:
-        longest = len(items[order[0]].input_ids)
-        chosen, order = order[: max(1, max_tokens // longest)], order[max(1, max_tokens // longest) :]
-        ids = torch.zeros(len(chosen), longest, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for k, i in enumerate(chosen):
-            length = len(items[i].input_ids)
-            ids[k, :length] = torch.from_numpy(items[i].input_ids)
-            mask[k, :length] = 1
-            labels[k, :length] = torch.from_numpy(items[i].labels)
-        yield Batch(
-            torch.tensor(chosen), {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, labels.to(device)
-        )
+    for chosen in cut([len(item.input_ids) for item in items], max_tokens or tokens_per_batch(device)):
+        inputs = {name: values.to(device) for name, values in pad([items[i] for i in chosen]).items()}
+        yield Batch(torch.tensor(chosen), inputs, inputs.pop("labels"))
