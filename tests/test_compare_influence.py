@@ -30,6 +30,7 @@ def load(name):
 
 
 tasks = load("influence_tasks")
+comparison = load("influence_comparison")
 recipe = load("compare_influence")
 
 
@@ -71,12 +72,16 @@ def test_task_rows_are_seeded_balanced_and_all_different(task):
     assert tasks.task_rows(task, 1)[0] != train
 
 
+def quality(scores, relevant, **labels):
+    return comparison.quality(scores, comparison.Labels(relevant, **labels))
+
+
 def test_quality_is_one_for_the_truth_half_for_a_constant_and_zero_for_the_opposite():
     same = np.eye(3, dtype=bool)[[0, 0, 1, 1, 2, 2]]
     truth = torch.from_numpy(same).double()
-    assert recipe.quality(truth, same)["auc"] == recipe.quality(truth, same)["recall"] == 1
-    assert recipe.quality(torch.zeros(6, 3), same)["auc"] == 0.5
-    assert recipe.quality(-truth, same)["auc"] == recipe.quality(-truth, same)["recall"] == 0
+    assert quality(truth, same)["auc"] == quality(truth, same)["recall"] == 1
+    assert quality(torch.zeros(6, 3), same)["auc"] == 0.5
+    assert quality(-truth, same)["auc"] == quality(-truth, same)["recall"] == 0
 
 
 def test_auc_is_that_of_scikit_learn_with_and_without_ties():
@@ -84,19 +89,31 @@ def test_auc_is_that_of_scikit_learn_with_and_without_ties():
     same = rng.random((40, 6)) < 0.3
     for scores in (rng.random((40, 6)), rng.integers(0, 4, (40, 6)).astype(float)):
         want = np.mean([roc_auc_score(truth, score) for truth, score in zip(same.T, scores.T, strict=True)])
-        assert recipe.quality(torch.from_numpy(scores), same)["auc"] == pytest.approx(want, abs=1e-12)
+        assert quality(torch.from_numpy(scores), same)["auc"] == pytest.approx(want, abs=1e-12)
 
 
 def test_quality_averages_over_validation_rows():
     same = np.array([[True, True], [False, False]])
-    got = recipe.quality(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), same)
+    got = quality(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), same)
     assert (got["auc"], got["auc_std"], got["recall"]) == (0.5, 0.5, 0.5)
 
 
+def test_noise_within_a_label_gives_no_credit_for_telling_the_labels_apart():
+    """Label 0 is noisier than label 1: a score that knows the label alone beats chance overall, not within it."""
+    observed = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    clean = np.array([1, 0, 0, 0, 1, 1, 1, 0], dtype=bool)
+    relevant = (observed == 1)[:, None] & clean[:, None]
+    got = quality(torch.from_numpy(observed)[:, None], relevant, clean_N=clean, observed_N=observed)
+    assert got["noise_auc"] == 0.75
+    assert got["noise_auc_within"] == 0.5
+    got = quality(torch.from_numpy(clean)[:, None], relevant, clean_N=clean, observed_N=observed)
+    assert got["noise_auc"] == got["noise_auc_within"] == 1
+
+
 def test_every_direction_of_the_config_is_compared():
-    for direction in recipe.directions():
+    for direction in comparison.directions():
         ForValueConfig(direction=direction)
-    assert {"gradient", "whitened"} <= set(recipe.directions())
+    assert {"gradient", "whitened"} <= set(comparison.directions())
 
 
 def test_the_yaml_is_the_papers_benchmark_and_parses():
@@ -115,6 +132,8 @@ def test_unknown_tasks_and_losses_are_refused_by_name():
         recipe.CompareConfig(tasks=["poems"])
     with pytest.raises(ValueError, match="'prompt' is none of"):
         recipe.CompareConfig(losses=["prompt"])
+    with pytest.raises(ValueError, match="'sun' is none of"):
+        recipe.CompareConfig(clock="sun")
 
 
 @pytest.fixture(scope="module")
@@ -129,19 +148,19 @@ def run(tmp_path_factory):
 def test_a_small_run_compares_every_method_at_every_checkpoint(run):
     folder, results = run
     methods = {result.method for result in results}
-    assert set(recipe.LORA_METHODS) | {recipe.SCHULZ, recipe.TRACIN_CP} <= methods
+    assert set(comparison.LORA_METHODS) | {comparison.SCHULZ, comparison.TRACIN_CP} <= methods
     assert {"For-Value, gradient", "For-Value, whitened", "Emb", "RDS+", "TF-IDF of the text", "random"} <= methods
-    for method in recipe.LORA_METHODS:
+    for method in comparison.LORA_METHODS:
         assert [r.checkpoint for r in results if r.method == method] == [0, 1]
     assert all(0 <= r.auc <= 1 and 0 <= r.recall <= 1 and r.scoring_s >= 0 for r in results)
-    with open(folder / "results.csv", newline="") as file:
+    with open(folder / "compare_influence.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(results)
 
 
 def test_a_small_run_writes_a_table_with_best_and_last_checkpoint_and_a_picture(run):
     folder, _ = run
-    text = (folder / "results.md").read_text()
+    text = (folder / "compare_influence.md").read_text()
     assert "| DataInf (best, " in text
     assert "| DataInf (last) |" in text
     assert "residuals of HyperINF" in text
-    assert (folder / "results.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "compare_influence.png").read_bytes()[:4] == b"\x89PNG"

@@ -9,12 +9,17 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from trl import TrlParser
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 RECIPES = {
     "benchmark_speed": ["--shape", "tiny", "--rows", "2", "--length", "8", "--validation_rows", "2", "--repeats", "1"],
+    "compare_influence_cost": [
+        *("--shapes", "tiny", "qwen2.5-7b", "--rows", "6", "--validation_rows", "2", "--length", "8"),
+        *("--pair_rows", "4", "--repeats", "1", "--epochs", "1", "--output", "out/cost.md"),
+    ],
     "demo": ["--rows", "40", "--epochs", "0.1", "--output_dir", "out"],
     "find_mislabels": [
         *("--train_rows", "120", "--validation_rows", "90", "--seeds", "1", "--noise", "0.3", "--output_dir", "out")
@@ -25,7 +30,7 @@ RECIPES = {
 # Run by tests of their own.
 ELSEWHERE = {"pretrain_tiny", "compare_influence"}
 # Modules that recipes share, not scripts.
-SHARED = {"data", "influence_tasks"}
+SHARED = {"data", "influence_comparison", "influence_tasks"}
 
 
 def test_every_recipe_is_known_here():
@@ -48,6 +53,11 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
     out = capsys.readouterr().out
+    if name == "compare_influence_cost":
+        table = Path("out/cost.md").read_text()
+        assert table in out
+        assert table.count("| tiny |") == 7
+        assert ("| qwen2.5-7b | not run: no accelerator |" in table) != torch.accelerator.is_available()
     if name == "demo":
         assert out.count("\n| ") == 5 + 7, "two tables"
         names = {path.name for path in Path("out").iterdir()}

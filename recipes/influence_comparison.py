@@ -1,0 +1,421 @@
+"""What the recipes that compare For-Value with influence functions share: methods, LoRA training, metrics, tables."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import peft
+import torch
+import transformers
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from forvalue_callbacks import ForValueConfig, ForValueScorer, baselines
+from forvalue_callbacks.baselines.batches import batches, prepared
+from forvalue_callbacks.head import Backbone
+
+LORA_METHODS: dict[str, Callable[..., Tensor]] = {
+    "Hessian-free (TracIn)": baselines.tracin,
+    "DataInf": baselines.datainf,
+    "HyperINF, solved": baselines.hyperinf,
+    "LiSSA, 10 steps": baselines.lissa,
+    "influence, exact inverse": baselines.exact_influence,
+    "outlier gradients": lambda rows, validation: baselines.outlier_gradients(rows),
+}
+SCHULZ = "HyperINF, 30 Schulz steps"
+TRACIN_CP = "TracIn, all checkpoints"
+# One score per row, against the mean direction of the whole validation set: what the callback computes.
+ONE_SCORE = ", score()"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass
+class ComparisonConfig:
+    """The LoRA runs that the baselines need, and how all is measured; rates are those published with DataInf."""
+
+    seeds: int = field(default=1, metadata={"help": "Seeds 0, 1, ...: of the rows, of LoRA and of the training."})
+    epochs: int = field(default=10, metadata={"help": "Epochs of LoRA training."})
+    checkpoints: list[int] = field(
+        default_factory=lambda: [0, 1, 3, 10],
+        metadata={"help": "Epochs after which the LoRA methods are read; 0: before training. The last one always is."},
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of LoRA, falling linearly to 0."})
+    batch_size: int = field(default=64, metadata={"help": "Rows per training step."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Modules that LoRA adapts."}
+    )
+    clock: str = field(
+        default="wall", metadata={"help": "Time is 'wall' time, or 'cpu' time (of all threads) on a busy machine."}
+    )
+    output_dir: str = field(default="outputs", metadata={"help": "Where the results go."})
+
+    def __post_init__(self) -> None:
+        known("clock", [self.clock], CLOCKS)
+        self.checkpoints = sorted({c for c in self.checkpoints if c < self.epochs} | {self.epochs})
+
+
+def known(name: str, values: Sequence[str], choices: Any) -> None:
+    """Raises ValueError for a value that is none of the choices."""
+    for value in values:
+        if value not in choices:
+            raise ValueError(f"{name}: {value!r} is none of {list(choices)}.")
+
+
+class Result(NamedTuple):
+    """One line of the CSV: seconds in phases, each for all the rows of both sides."""
+
+    task: str
+    seed: int
+    method: str
+    checkpoint: int | None  # epochs trained; None: no LoRA
+    auc: float
+    auc_std: float
+    recall: float
+    recall_std: float
+    noise_auc: float | None  # clean against mislabelled rows, each by its mean score over the validation rows
+    noise_auc_within: float | None  # the same among rows of one observed label, mean over the labels
+    training_s: float
+    gradients_s: float
+    scoring_s: float
+    evaluation_passes: float
+    training_loss: float | None = None
+
+
+class Labels(NamedTuple):
+    """What a method should find: (N, M), whether a training row is what a validation row should value; and, of rows
+    with label noise, which are clean, and which label they show, both (N,)."""
+
+    relevant_NM: np.ndarray
+    clean_N: np.ndarray | None = None
+    observed_N: np.ndarray | None = None
+
+
+class Rows(NamedTuple):
+    """One task for the baselines, tokenised (with `pixel_values` where there are images), and for the scorer."""
+
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    scorer_train: list[dict[str, Any]]
+    scorer_validation: list[dict[str, Any]]
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
+
+
+def aucs(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """AUC of each column of (N, M) scores against the same column of (N, M) truth, (M,); ties count half."""
+    n = positive.sum(0)
+    ranks = rankdata(scores, axis=0)
+    return ((ranks * positive).sum(0) - n * (n + 1) / 2) / (n * (len(positive) - n))
+
+
+def quality(scores_NM: Tensor, labels: Labels) -> dict[str, float | None]:
+    """AUC and recall per validation row, means and standard deviations; AUC of clean against mislabelled rows.
+
+    Recall: share of the n best-scored rows that are relevant, n being the number of relevant rows.
+    """
+    scores, relevant = scores_NM.double().cpu().numpy(), labels.relevant_NM
+    per_row = aucs(scores, relevant)
+    order = np.argsort(-scores, axis=0, kind="stable")
+    recalls = [truth[best[: truth.sum()]].mean() for truth, best in zip(relevant.T, order.T, strict=True)]
+    noise = within = None
+    if labels.clean_N is not None and labels.observed_N is not None:
+        means, clean = scores.mean(1, keepdims=True), labels.clean_N[:, None]
+        noise = float(aucs(means, clean)[0])
+        groups = [labels.observed_N == label for label in np.unique(labels.observed_N)]
+        within = float(np.mean([aucs(means[group], clean[group])[0] for group in groups]))
+    return {
+        "auc": float(np.mean(per_row)),
+        "auc_std": float(np.std(per_row)),
+        "recall": float(np.mean(recalls)),
+        "recall_std": float(np.std(recalls)),
+        "noise_auc": noise,
+        "noise_auc_within": within,
+    }
+
+
+class Stopwatch:
+    """Seconds of a call, by the clock of the config."""
+
+    def __init__(self, clock: str):
+        self.now = CLOCKS[clock]
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, float]:
+        started = self.now()
+        out = function()
+        return out, self.now() - started
+
+
+def directions() -> list[str]:
+    """All directions that the scorer knows."""
+    (spec,) = (spec for spec in dataclasses.fields(ForValueConfig) if spec.name == "direction")
+    return list(spec.metadata["choices"])
+
+
+def with_lora(model: nn.Module, config: ComparisonConfig, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    lora = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=config.lora_targets)
+    return peft.get_peft_model(model, lora, autocast_adapter_dtype=False).eval()
+
+
+def train_epochs(
+    model: nn.Module, rows: list[dict[str, Any]], config: ComparisonConfig, seed: int
+) -> Iterator[tuple[float, float]]:
+    """LoRA training by AdamW, an epoch at a time: yields the epoch's mean loss and mean learning rate.
+
+    As fast as it gets, so that For-Value wins over no straw man: a step's rows are sorted by length and cut into
+    batches that stay in the cache, and only labelled positions meet the head.
+    """
+    items = prepared(rows)
+    backbone = Backbone(model)
+    head = backbone.head()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    n_steps = config.epochs * -(-len(rows) // config.batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1.0 / n_steps, n_steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(config.epochs):
+        losses, rates = [], []
+        for chosen in torch.randperm(len(rows), generator=generator).split(config.batch_size):
+            step = [items[i] for i in chosen]
+            n_labelled = sum(item.n_labelled for item in step)
+            model.train()
+            step_loss = torch.zeros((), device=backbone.device)
+            for batch in batches(step, device=backbone.device):
+                hidden_TD = backbone.hidden_states({**batch.inputs, "labels": batch.labels})[:, :-1][batch.predicts]
+                labels_T = batch.labels[:, 1:][batch.predicts]
+                loss = nn.functional.cross_entropy(head.logits(hidden_TD).float(), labels_T, reduction="sum")
+                (loss / n_labelled).backward()
+                step_loss += loss.detach() / n_labelled
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(step_loss)
+        model.eval()
+        yield float(torch.stack(losses).mean()), float(np.mean(rates))
+
+
+def compare(
+    config: ComparisonConfig,
+    task: str,
+    seed: int,
+    model: nn.Module,
+    rows: Rows,
+    labels: Labels,
+    cheap: Mapping[str, Callable[[], Tensor]],
+) -> tuple[list[Result], list[str]]:
+    """All methods on one task, `cheap` being what needs no LoRA, and notes: residuals, what could not be computed."""
+    n, m = labels.relevant_NM.shape
+    results: list[Result] = []
+    notes: list[str] = []
+    timed = Stopwatch(config.clock)
+    evaluation_s = min(timed(lambda: baselines.loss(model, [*rows.train, *rows.validation]))[1] for _ in range(2))
+
+    def add(
+        method: str, scores: Tensor, scoring_s: float, checkpoint=None, training=0.0, gradients=0.0, loss_now=None
+    ):
+        scores = scores if scores.ndim == 2 else scores[:, None].expand(n, m)
+        passes = (training + gradients + scoring_s) / evaluation_s
+        measured = quality(scores, labels)
+        results.append(
+            Result(
+                task, seed, method, checkpoint, **measured, training_s=training, gradients_s=gradients,
+                scoring_s=scoring_s, evaluation_passes=passes, training_loss=loss_now,
+            )
+        )  # fmt: skip
+        where = "" if checkpoint is None else f" after {checkpoint} epochs"
+        print(f"{task} seed {seed}: {method}{where}: AUC {measured['auc']:.3f}", flush=True)
+
+    calls = {
+        "": lambda scorer: scorer.pairwise(rows.scorer_train),
+        ONE_SCORE: lambda scorer: torch.from_numpy(scorer.score(rows.scorer_train).values),
+    }
+    for direction in directions():
+        for suffix, call in calls.items():
+            scorer = ForValueScorer(
+                model,
+                rows.scorer_validation,
+                ForValueConfig(direction=direction),
+                data_collator=rows.data_collator,
+                progress=False,
+            )
+            try:
+                add(f"For-Value, {direction}{suffix}", *timed(partial(call, scorer)))
+            except ValueError as error:
+                notes.append(f"{task}, seed {seed}: For-Value, {direction}{suffix}: {error}")
+    for method, score in cheap.items():
+        add(method, *timed(score))
+
+    model = with_lora(model, config, seed)
+    epochs = train_epochs(model, rows.train, config, seed)
+    training_s = all_gradients_s = 0.0
+    loss_now, rates = None, list[float]()
+    over_checkpoints = torch.zeros(n, m)
+    for checkpoint in range(config.epochs + 1):
+        if checkpoint > 0:
+            (loss_now, rate), seconds = timed(partial(next, epochs))
+            training_s += seconds
+            rates.append(rate)
+        if checkpoint not in config.checkpoints:
+            continue
+        sides, gradients_s = timed(
+            lambda: tuple(baselines.gradients(model, side) for side in (rows.train, rows.validation))
+        )
+        residuals: dict[str, float] = {}
+        published = partial(baselines.hyperinf, iterations=30, residuals=residuals)
+        for method, influence in {**LORA_METHODS, SCHULZ: published}.items():
+            add(method, *timed(partial(influence, *sides)), checkpoint, training_s, gradients_s, loss_now)
+        values = sorted(residuals.values())
+        notes.append(
+            f"{task}, seed {seed}, after {checkpoint} epochs: residuals of HyperINF's 30 Schulz steps, "
+            f"median {np.median(values):.2g}, largest {values[-1]:.2g}"
+        )
+        if checkpoint > 0:
+            # Each checkpoint stands for the epochs since the one before it.
+            over_checkpoints += sum(rates) * baselines.tracin(*sides).cpu()
+            rates.clear()
+            all_gradients_s += gradients_s
+    add(TRACIN_CP, over_checkpoints, 0.0, config.epochs, training_s, all_gradients_s, loss_now)
+    return results, notes
+
+
+def summary(results: list[Result]) -> list[dict[str, Any]]:
+    """One line per task and method (LoRA ones twice: best and last checkpoint), means over the seeds."""
+    lines: list[dict[str, Any]] = []
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.task, result.method), []).append(result)
+    for (task, method), group in groups.items():
+        by_checkpoint: dict[int | None, list[Result]] = {}
+        for result in group:
+            by_checkpoint.setdefault(result.checkpoint, []).append(result)
+        means = {c: float(np.mean([r.auc for r in rs])) for c, rs in by_checkpoint.items()}
+        chosen = {"": None} if None in means else {" (last)": max(means)}
+        if len(means) > 1:
+            best = max(means, key=means.__getitem__)
+            chosen = {f" (best, {best} epochs)": best, " (last)": max(means)}
+        for suffix, checkpoint in chosen.items():
+            rows = by_checkpoint[checkpoint]
+            line: dict[str, Any] = {"task": task, "method": method + suffix, "low": min(means.values())}
+            line["high"] = max(means.values())
+            line["span"] = f"{line['low']:.3f} - {line['high']:.3f}" if len(means) > 1 else ""
+            for name in ("auc", "auc_std", "recall", "recall_std", "noise_auc", "noise_auc_within"):
+                values = [getattr(r, name) for r in rows]
+                line[name] = None if None in values else float(np.mean(values))
+            line["auc_seeds"] = float(np.std([r.auc for r in rows]))
+            for name in ("training_s", "gradients_s", "scoring_s", "evaluation_passes"):
+                line[name] = float(np.median([getattr(r, name) for r in rows]))
+            lines.append(line)
+    return lines
+
+
+def ratios(lines: list[dict[str, Any]]) -> list[str]:
+    """How many times dearer DataInf at its last checkpoint, training included, is than each way to run For-Value."""
+    seconds = {
+        (line["task"], line["method"]): line["training_s"] + line["gradients_s"] + line["scoring_s"] for line in lines
+    }
+    return [
+        f"{task}: DataInf (last, training included) takes {seconds[task, 'DataInf (last)'] / value:.1f} times as long "
+        f"as {method} ({value:.1f} s)"
+        for (task, method), value in seconds.items()
+        if method.startswith("For-Value") and (task, "DataInf (last)") in seconds
+    ]
+
+
+def markdown(config: ComparisonConfig, head: str, results: list[Result], notes: list[str], seconds: float) -> str:
+    """The report: `head` says what the rows and the model are."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lines = summary(results)
+    noisy = any(line["noise_auc"] is not None for line in lines)
+    out = [
+        head,
+        "",
+        f"Seeds 0 to {config.seeds - 1}. LoRA r={config.lora_r}, alpha={config.lora_alpha} on "
+        f"{', '.join(config.lora_targets)}, learning rate {config.learning_rate:g}, {config.epochs} epochs, batches "
+        f"of {config.batch_size}. Whole run: {seconds:.0f} s, peak memory {peak:.0f} MiB. torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, peft {peft.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads; all times are {config.clock} time.",
+        "",
+        "AUC and recall: mean ± standard deviation over validation rows; `seeds` is the standard deviation of the "
+        "mean AUC over seeds. `checkpoints` is the range of the AUC over the checkpoints, the untrained one included. "
+        "Seconds are medians over seeds, for all pairs; `passes` is their sum in evaluation passes over all rows. "
+        "Methods with one score per row (`score()`, loss, IFD, ...) cannot tell classes apart: 0.5 by construction "
+        "where classes are equally large, listed for their cost.",
+    ]
+    if noisy:
+        out[-1] += (
+            " `noise`: AUC of clean against mislabelled rows by their mean score; `within`: the same among rows of "
+            "one observed label."
+        )
+    columns = [
+        "method", "AUC", "seeds", "recall", *(["noise", "within"] if noisy else []),
+        "checkpoints", "training s", "gradients s", "scoring s", "passes",
+    ]  # fmt: skip
+    for task in dict.fromkeys(line["task"] for line in lines):
+        out += ["", f"## {task}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for line in lines:
+            if line["task"] == task:
+                noise = [
+                    "" if line[name] is None else f"{line[name]:.3f}" for name in ("noise_auc", "noise_auc_within")
+                ]
+                cells = [
+                    line["method"],
+                    "{auc:.3f} ± {auc_std:.3f}".format(**line),
+                    f"{line['auc_seeds']:.3f}",
+                    "{recall:.3f} ± {recall_std:.3f}".format(**line),
+                    *(noise if noisy else []),
+                    line["span"],
+                    *(f"{line[name]:.2f}" for name in ("training_s", "gradients_s", "scoring_s")),
+                    f"{line['evaluation_passes']:.1f}",
+                ]
+                out.append(f"| {' | '.join(cells)} |")
+    out += ["", "## Cost", "", *(f"- {text}" for text in ratios(lines))]
+    out += ["", "## Notes", "", *(f"- {note}" for note in notes), ""]
+    return "\n".join(out)
+
+
+def picture(results: list[Result], path: Path) -> None:
+    """AUC of every method, a panel per task; a line spans the checkpoints of a LoRA method."""
+    from matplotlib.figure import Figure  # here, so that machines without it can measure costs
+
+    lines = [line for line in summary(results) if "(best" not in line["method"] and ONE_SCORE not in line["method"]]
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    figure = Figure(figsize=(5 * len(tasks), 5), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        shown = [line for line in lines if line["task"] == task][::-1]
+        for y, line in enumerate(shown):
+            color = "tab:orange" if line["method"].startswith("For-Value") else "tab:blue"
+            axes.plot([line["low"], line["high"]], [y, y], color=color, alpha=0.4)
+            axes.plot(line["auc"], y, "o", color=color)
+        axes.set_yticks(range(len(shown)), [line["method"] for line in shown], fontsize=8)
+        axes.set_title(task)
+        axes.set_xlabel("AUC (dot: last checkpoint, line: range)")
+        axes.axvline(0.5, color="grey", linewidth=0.5)
+    figure.savefig(path, dpi=70)
+
+
+def write(
+    config: ComparisonConfig, head: str, results: list[Result], notes: list[str], seconds: float, name: str
+) -> str:
+    """`name`.csv (one line per method, checkpoint and seed), .md and .png in the output folder; returns the report."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Result._fields)
+        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in result] for result in results)
+    text = markdown(config, head, results, notes, seconds)
+    (folder / f"{name}.md").write_text(text)
+    picture(results, folder / f"{name}.png")
+    return text
