@@ -13,10 +13,11 @@ from torch import Tensor
 from .core import TOKEN_TILE, VOCAB_BLOCK, Head, _blocks, _OnlineSoftmax, working_dtype
 
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
-FOLDS = 5
-ITERATIONS = 25
+FOLDS = 3
+# L-BFGS steps: a few at each ridge on the way, since each starts where the last one ended; more at the one chosen.
+ITERATIONS, LAST_ITERATIONS = 8, 25
 # The fit is for a few thousand numbers per token seen; more positions than this would cost time and change little.
-MAX_POSITIONS = 8192
+MAX_POSITIONS, CROSS_VALIDATED_POSITIONS = 8192, 4096
 # Added to the eigenvalues of the second moment, as a share of their mean.
 FLOOR = 1e-2
 
@@ -28,7 +29,8 @@ class Fit:
     Args:
         move_VD: float32 (V, D), zero in the rows of tokens that are no label in validation.
         ridge: the one with the best held-out likelihood; inf where no move at all was best.
-        curve: held-out log-likelihood per position for each ridge tried, inf for the model's own head.
+        curve: held-out log-likelihood per position for each ridge tried, inf for the model's own head; no looser
+            ridge is tried than the first that does worse than the one before.
     """
 
     move_VD: Tensor
@@ -46,7 +48,7 @@ def fit_head(head: Head, hidden_TD: Tensor, labels_T: Tensor, rows_T: Tensor, se
 
     Only the rows of tokens that are labels somewhere in validation move; the mass of all others stays in the
     normaliser, so the likelihood is that of the whole vocabulary. The ridge is the one with the best likelihood of
-    held-out rows in 5-fold cross-validation over rows, "no move" among the candidates: a small validation set is not
+    held-out rows in 3-fold cross-validation over rows, "no move" among the candidates: a small validation set is not
     learned by heart.
 
     Args:
@@ -67,25 +69,30 @@ def fit_head(head: Head, hidden_TD: Tensor, labels_T: Tensor, rows_T: Tensor, se
 
     rows = rows_T.unique()
     folds = min(FOLDS, len(rows))
-    fold_of_row = torch.randperm(len(rows), generator=generator).to(rows.device) % folds
+    turn = torch.randperm(len(rows), generator=generator).to(rows.device)
+    n_held_out = max(folds, int(len(rows) * min(1.0, CROSS_VALIDATED_POSITIONS / len(labels_T))))
+    fold_of_row = torch.where(turn < n_held_out, turn % folds, -1)  # -1: only in the last fit
     fold_T = fold_of_row[torch.searchsorted(rows, rows_T)]
-    everywhere = torch.ones_like(fold_T, dtype=torch.bool)
+    everywhere, in_a_fold = torch.ones_like(fold_T, dtype=torch.bool), fold_T >= 0
     zero = hidden_TD.new_zeros(len(seen_S), hidden_TD.shape[1])
-    curve = {torch.inf: problem.log_likelihood(zero, everywhere) / len(labels_T)}
+    curve = {torch.inf: problem.log_likelihood(zero, in_a_fold) / int(in_a_fold.sum())}
     if folds > 1:
-        totals = dict.fromkeys(RIDGES, 0.0)
-        for fold in range(folds):
-            move = zero
-            for ridge in RIDGES:  # from stiff to loose, each started where the last one ended
-                move = problem.fit(move, ridge, fold_T != fold)
-                totals[ridge] += problem.log_likelihood(move, fold_T == fold)
-        curve |= {ridge: total / len(labels_T) for ridge, total in totals.items()}
+        moves, previous = [zero] * folds, -torch.inf
+        for ridge in RIDGES:  # from stiff to loose, each started where the last one ended
+            moves = [
+                problem.fit(move, ridge, in_a_fold & (fold_T != fold), ITERATIONS) for fold, move in enumerate(moves)
+            ]
+            held_out = sum(problem.log_likelihood(move, fold_T == fold) for fold, move in enumerate(moves))
+            curve[ridge] = held_out / int(in_a_fold.sum())
+            if held_out < previous:
+                break
+            previous = held_out
     best = max(curve, key=lambda ridge: curve[ridge])
     move_VD = torch.zeros_like(head.weight, dtype=dtype)
     if best != torch.inf:
         move = zero
         for ridge in RIDGES[: RIDGES.index(best) + 1]:
-            move = problem.fit(move, ridge, everywhere)
+            move = problem.fit(move, ridge, everywhere, LAST_ITERATIONS if ridge == best else ITERATIONS)
         move_VD[seen_S] = move @ spread_DD.T
     return Fit(move_VD, best, curve)
 
@@ -108,11 +115,11 @@ class _Problem:
         with torch.no_grad():
             return sum(float(self._log_p(move_SD, at).double().sum()) for at in places.split(TOKEN_TILE))
 
-    def fit(self, start_SD: Tensor, ridge: float, where_T: Tensor) -> Tensor:
+    def fit(self, start_SD: Tensor, ridge: float, where_T: Tensor, iterations: int) -> Tensor:
         """L-BFGS from a start; the gradient is of this small problem only, never through the network."""
         move = start_SD.clone().requires_grad_(True)
         places = where_T.nonzero()[:, 0].split(TOKEN_TILE)
-        optimizer = torch.optim.LBFGS([move], max_iter=ITERATIONS, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([move], max_iter=iterations, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
 
         def closure() -> float:
             optimizer.zero_grad()
