@@ -117,9 +117,12 @@ class Batcher:
         self.max_tokens = max_tokens or tokens_per_batch(backbone.device)
         self.progress = progress
 
-    def items(self, dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Item, str | None]]:
-        """Every row of the data set as an item, with the reason where it cannot be scored."""
+    def items(self, dataset: Iterable[Mapping[str, Any] | Row]) -> Iterator[tuple[Item, str | None]]:
+        """Every row of the data set as an item, with the reason where it cannot be scored; a `Row` stays as it is."""
         for index, example in enumerate(dataset):
+            if isinstance(example, Row):
+                yield Item(index, example), example.reason
+                continue
             if self.data_collator is None or not needs_collator(example):
                 row = self.prepare(example)
                 yield Item(index, row), row.reason
@@ -218,7 +221,7 @@ class Batcher:
             yield batch
 
     def map(
-        self, dataset: Iterable[Mapping[str, Any]], fn: Callable[[Labelled], Sequence[Any]], description: str
+        self, dataset: Iterable[Mapping[str, Any] | Row], fn: Callable[[Labelled], Sequence[Any]], description: str
     ) -> tuple[dict[int, Any], list[str | None], str]:
         """`fn` on every batch of the data set.
 

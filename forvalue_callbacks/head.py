@@ -65,6 +65,15 @@ class Backbone:
         """Largest number of tokens that the model was made for, None where the config does not say."""
         return getattr(self.causal.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def bos(self) -> int:
+        """The token that a text starts with: BOS, or EOS where the model has none."""
+        config = self.causal.config.get_text_config()
+        for token in (config.bos_token_id, config.eos_token_id):
+            if token is not None:
+                return token[0] if isinstance(token, list) else token
+        return 0
+
     def head(self) -> Head:
         """The head as it is now, adapters on it included (the score is the gradient in its whole weight)."""
         name = type(self.causal).__name__

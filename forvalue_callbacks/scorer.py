@@ -15,7 +15,10 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from . import core
+from .auto import score_auto
 from .batching import Batcher, Item, Labelled, concatenate, world
+from .corruption import word_starts
+from .evidence import OVERFLOW
 from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found, whole
 from .rows import RowConfig, RowPreparer
@@ -25,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 # Share of the mean diagonal that is added to the second moment before it is inverted.
 WHITENING_RIDGE = 0.01
-OVERFLOW = "hidden states or logits overflow; try forward_dtype='bfloat16' or float32 weights"
 
 
 @dataclass
@@ -38,8 +40,10 @@ class ForValueConfig:
             "help": "How the validation rows move the head. 'gradient': along their mean gradient (For-Value as "
             "published, arXiv 2508.10180). 'whitened': that times the inverse second moment of the hidden states. "
             "'fitted': to the head fitted on them; the score is a row's log-likelihood after minus before. "
-            "'fitted_likelihood': the same head; the score is the log-likelihood after.",
-            "choices": ["gradient", "whitened", "fitted", "fitted_likelihood"],
+            "'fitted_likelihood': the same head; the score is the log-likelihood after. 'auto': what tells clean rows "
+            "from noisy ones is learned from the validation rows and copies of them corrupted on purpose; the score "
+            "is the log odds that a row is clean.",
+            "choices": ["gradient", "whitened", "fitted", "fitted_likelihood", "auto"],
         },
     )
     normalize: str = field(
@@ -77,6 +81,8 @@ class ForValueConfig:
                 raise ValueError(f"{spec.name}={getattr(self, spec.name)!r}: choose one of {choices}.")
         if self.fits_head and (self.normalize == "cosine" or self.vocab != "full"):
             raise ValueError(f"direction={self.direction!r} needs normalize='none' or 'length', and vocab='full'.")
+        if self.gives_log_odds and (self.normalize != "none" or self.vocab != "full"):
+            raise ValueError(f"direction={self.direction!r} needs normalize='none' and vocab='full'.")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"max_tokens_per_batch={self.max_tokens_per_batch}: must be at least 1.")
 
@@ -84,6 +90,11 @@ class ForValueConfig:
     def fits_head(self) -> bool:
         """Whether the head takes a finite step, to where it is fitted."""
         return self.direction.startswith("fitted")
+
+    @property
+    def gives_log_odds(self) -> bool:
+        """Whether scores are log odds that a row is clean, which depend on all the rows that are scored together."""
+        return self.direction == "auto"
 
 
 class ForValueScorer:
@@ -147,8 +158,10 @@ class ForValueScorer:
         """One score per row, in row order; NaN and a reason where a row cannot be scored.
 
         Units: nats of log-likelihood, per unit step along "gradient" and "whitened"; per labelled token with
-        `normalize="length"`, per unit of gradient norm with "cosine".
+        `normalize="length"`, per unit of gradient norm with "cosine"; log odds of clean against noisy with "auto".
         """
+        if self.config.gives_log_odds:
+            return self._score_log_odds(dataset)
         with left_as_found(self.backbone.model):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
             metric = self._metric()
@@ -179,11 +192,30 @@ class ForValueScorer:
         metadata = {"made_of": {**self.made_of(), "data": data_hash}, "config": asdict(self.config)}
         return ForValueScores(values, reasons, log_likelihood, n_labelled, metadata)
 
+    def _score_log_odds(self, dataset: Iterable[Mapping[str, Any]]) -> ForValueScores:
+        items = self._validation()
+        with left_as_found(self.backbone.model):
+            self._check()
+            head = self.backbone.head()
+            scores, data_hash = score_auto(
+                self.batcher,
+                head,
+                items,
+                dataset,
+                starts=word_starts(self.prepare.processing_class, head.vocab_size),
+                bos=self.backbone.bos,
+                max_length=self.rows.max_length,
+                ridge=WHITENING_RIDGE,
+            )
+        scores.metadata |= {"made_of": {**self.made_of(), "data": data_hash}, "config": asdict(self.config)}
+        return scores
+
     def token_scores(self, dataset: Iterable[Mapping[str, Any]]) -> list[Tensor]:
         """Scores of each row's labelled tokens, float64 (n_labelled,) each, empty where a row cannot be scored.
 
         They sum to the row's score (with `normalize="none"`).
         """
+        self._refuse_log_odds("token scores")
         with left_as_found(self.backbone.model):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
 
@@ -200,6 +232,7 @@ class ForValueScorer:
         `pairwise(...).nanmean(1)` equals `score(...).values` with `normalize="none"`. NaN for rows of either side that
         cannot be scored. The validation set's labelled hidden states are kept in memory: tokens x d.
         """
+        self._refuse_log_odds("pairwise scores")
         if self.config.normalize != "none" or self.config.vocab != "full" or self.config.fits_head:
             raise ValueError(
                 "pairwise scores are defined for direction='gradient' or 'whitened', normalize='none', vocab='full'."
@@ -236,6 +269,7 @@ class ForValueScorer:
 
     def direction(self) -> Tensor:
         """How the head moves, float32 (V, d) (float64 for a float64 model), computed once: D, or the fitted move."""
+        self._refuse_log_odds("the head's direction")
         if self._direction is None:
             with left_as_found(self.backbone.model):
                 self._direction = self._fit()
@@ -256,6 +290,10 @@ class ForValueScorer:
     def hash_rows(self, dataset: Iterable[Mapping[str, Any]]) -> str:
         """Hash of rows as the model sees them: what `metadata["made_of"]["data"]` is after scoring them."""
         return _digest("".join(item.hash() for item, _ in self.batcher.items(dataset)))
+
+    def _refuse_log_odds(self, what: str) -> None:
+        if self.config.gives_log_odds:
+            raise ValueError(f"direction={self.config.direction!r} has one number per row: {what} need another.")
 
     def _score_tokens(self, head: core.Head, direction: Tensor, batch: Labelled) -> tuple[Tensor, Tensor]:
         """Score and log-likelihood of each labelled position, (T,) both."""
@@ -282,11 +320,14 @@ class ForValueScorer:
             self._validation_items, self._n_validation = items, n
         return self._validation_items
 
+    def _check(self) -> None:
+        shortest = min(self._validation(), key=lambda item: item.tokens)
+        self.backbone.check(self.batcher.collate([shortest]))
+
     def _fit(self) -> Tensor:
         """Mean gradient over the validation rows, times the inverse second moment if asked for; or the fitted move."""
         items = self._validation()
-        shortest = min(items, key=lambda item: item.tokens)
-        self.backbone.check(self.batcher.collate([shortest]))
+        self._check()
         head = self.backbone.head()
         if self.config.fits_head:
             # Every rank fits for itself: validation sets are small, and the same fit needs no exchange.
@@ -325,9 +366,7 @@ class ForValueScorer:
         """M of `<h, M h'>`: inverse of the ridged second moment for "whitened", None (the identity) otherwise."""
         if self._second_moment is None:
             return None
-        ridge = WHITENING_RIDGE * self._second_moment.diagonal().mean()
-        eye = torch.eye(len(self._second_moment), dtype=torch.float64, device=self._second_moment.device)
-        return torch.cholesky_inverse(torch.linalg.cholesky(self._second_moment + ridge * eye))
+        return core.inverse_with_ridge(self._second_moment, WHITENING_RIDGE)
 
     def _seen_only(self, direction: Tensor, dataset: Iterable[Mapping[str, Any]]) -> Tensor:
         """With `vocab="seen"`, the direction without the tokens that are no label anywhere (the paper's Algorithm 1,

@@ -125,6 +125,7 @@ class ForValueScores:
             else:
                 hint = ": long rows decide; compare normalize='length'" if abs(rho) > 0.5 else ""
                 lines.append(f"length      Spearman correlation of score and labelled tokens {rho:+.2f}{hint}")
+        lines += self.metadata.get("noise", {}).get("report", [])
         return "\n".join(lines)
 
     def plot(
@@ -176,13 +177,14 @@ class ForValueScores:
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Rank correlation of x and y, both (N,), ties by their mean rank; NaN where one is constant."""
-    x, y = _mean_ranks(x), _mean_ranks(y)
+    x, y = mean_ranks(x), mean_ranks(y)
     x, y = x - x.mean(), y - y.mean()
     norm = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / norm) if norm > 0 else float("nan")
 
 
-def _mean_ranks(x: np.ndarray) -> np.ndarray:
+def mean_ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks of x, 1 = smallest, ties by their mean rank, (N,)."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 

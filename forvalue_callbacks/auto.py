@@ -1,0 +1,165 @@
+"""`direction="auto"`: a score that proves itself on the held-out rows.
+
+Copies of the held-out rows are corrupted in the ways in which data goes wrong; what tells the copies from the clean
+rows is learned there, cross-fitted, and used on the training rows. The score of a row is the log of the odds that it
+is clean, so that 0 is where a row is as likely noisy as clean.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import core
+from .batching import Batcher, Item, concatenate
+from .calibration import USEFUL_AUC, auc, fit_classifier, log_odds, shares
+from .corruption import KINDS, corrupted
+from .evidence import CANDIDATES, FOLDS, Evidence, Half, Match, Measured
+from .rows import Row
+from .scores import ForValueScores
+
+logger = logging.getLogger(__name__)
+
+MIN_ROWS = 40
+
+
+def score_auto(
+    batcher: Batcher,
+    head: core.Head,
+    items: list[Item],
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    starts: np.ndarray | None,
+    bos: int,
+    max_length: int | None,
+    ridge: float,
+    seed: int = 0,
+) -> tuple[ForValueScores, str]:
+    """Scores of a data set, and its hash; `metadata["noise"]` holds the evidence and the estimated shares.
+
+    Args:
+        items: clean held-out rows.
+        starts: which tokens begin a word.
+        bos: token that an answer read alone starts with.
+        max_length: corrupted copies are cut to so many tokens, as the rows are.
+        ridge: of the whitened direction.
+
+    Raises:
+        ValueError: too few held-out rows, or rows that a collator makes batches of (nothing can change their answers).
+    """
+    held_out = [item.row for item in items if item.row is not None]
+    if len(held_out) < len(items):
+        raise ValueError("direction='auto' needs rows of token ids, not rows that a collator makes batches of.")
+    if len(held_out) < MIN_ROWS:
+        raise ValueError(
+            f"direction='auto' learns from the held-out rows and has {len(held_out)}: give at least {MIN_ROWS} "
+            "(a few hundred are better), or choose a direction."
+        )
+    rng = np.random.default_rng(seed)
+    places = [np.arange(h, len(held_out), 2) for h in (0, 1)]
+    halves = []
+    for half in places:
+        batches = batcher.labelled([items[i] for i in half], "held-out rows", all_ranks=True)
+        halves.append(Half.of(head, concatenate(list(batches)), ridge))
+    evidence = Evidence(batcher, head, held_out, halves, bos)
+    clean = evidence.project(evidence.measure(held_out, "held-out rows")[0])
+    copies = {}
+    for kind in KINDS:
+        changed: list[Row | None] = [None] * len(held_out)
+        for half in places:  # an answer comes from the same half, or the other half would know it
+            rows = corrupted([held_out[i] for i in half], kind, rng, starts, max_length)
+            for i, row in zip(half, rows, strict=True):
+                changed[i] = row
+        kept = np.array([i for i, row in enumerate(changed) if row is not None])
+        if len(kept) < MIN_ROWS // 2:
+            logger.warning("too few held-out rows can be %s: this kind of noise is not looked for", kind)
+            continue
+        measured, _, _ = evidence.measure([row for row in changed if row is not None], kind)
+        copies[kind] = (measured, kept[measured.index])
+    train, reasons, data_hash = evidence.measure(dataset, "scoring")
+    return _scores(clean, copies, train, reasons, rng), data_hash
+
+
+def _scores(
+    clean: Measured,
+    copies: dict[str, tuple[Measured, np.ndarray]],
+    train: Measured,
+    reasons: Sequence[str | None],
+    rng: np.random.Generator,
+) -> ForValueScores:
+    """What was measured to scores. `copies` come with the held-out rows that they are copies of."""
+    train_fold, fold = rng.integers(FOLDS, size=len(train.index)), clean.index % FOLDS
+    match = Match(
+        torch.cat([clean.prompt_ND, train.prompt_ND]),
+        torch.cat([clean.answer_ND, train.answer_ND]),
+        np.concatenate([fold, train_fold]),
+    )
+
+    def features(measured: Measured, row: np.ndarray) -> np.ndarray:
+        """Of held-out rows and their copies: judged by the half that they are not in."""
+        matches = match(measured.prompt_ND, measured.answer_ND, row % FOLDS)
+        return measured.features(1 - row % 2, matches)
+
+    parts = {"clean": features(clean, clean.index)}
+    parts |= {kind: features(measured, row) for kind, (measured, row) in copies.items()}
+    rows = np.concatenate([clean.index, *(row for _, row in copies.values())])
+    classes = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
+    classifier, out_of_fold = fit_classifier(np.concatenate(list(parts.values())), classes, rows)
+
+    even = np.full(len(parts), 1 / len(parts))
+    combined = log_odds(out_of_fold, even)
+    found: dict[str, dict[str, Any]] = {}
+    for k, kind in enumerate(copies, 1):
+        single = {
+            name: auc(parts["clean"][:, c], parts[kind][:, c]) for c, name in enumerate(CANDIDATES) if name != "length"
+        }
+        best = max(single, key=lambda name: single[name])
+        found[kind] = {
+            "auc": auc(combined[classes == 0], combined[classes == k]),
+            "best": best,
+            "best_auc": single[best],
+            "loss_auc": single["mean log-likelihood"],
+        }
+    matches = match(train.prompt_ND, train.answer_ND, train_fold)
+    log_p = np.mean([classifier.log_p(train.features(half, matches)) for half in (0, 1)], 0)
+    useful = [0, *(k for k, kind in enumerate(found, 1) if found[kind]["auc"] >= USEFUL_AUC)]
+    share = np.zeros(len(parts))
+    share[useful] = shares(log_p[:, useful], len(clean.index))
+
+    n = len(reasons)
+    values, log_likelihood, n_labelled = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
+    values[train.index], log_likelihood[train.index] = log_odds(log_p, share), train.log_likelihood
+    n_labelled[train.index] = train.n_labelled
+    report = _report(found, share, len(clean.index))
+    noise = {
+        "share": float(1 - share[0]),
+        "shares": dict(zip(found, share[1:].tolist(), strict=True)),
+        "held_out": found,
+        "report": report,
+    }
+    for line in report:
+        if "do not filter" in line:
+            logger.warning(line)
+    return ForValueScores(values, list(reasons), log_likelihood, n_labelled, {"noise": noise})
+
+
+def _report(found: dict[str, dict[str, Any]], share: np.ndarray, n_rows: int) -> list[str]:
+    """Lines for the summary."""
+    lines = [f"evidence    on your {n_rows} held-out rows against copies corrupted on purpose (AUC, cross-fitted):"]
+    for kind, facts in found.items():
+        lines.append(
+            f"            {kind:15s} {facts['auc']:.2f}  (best single score: {facts['best']} {facts['best_auc']:.2f}; "
+            f"mean log-likelihood {facts['loss_auc']:.2f})"
+        )
+    hidden = [kind for kind, facts in found.items() if facts["auc"] < USEFUL_AUC]
+    if hidden:
+        lines.append(
+            f"            on your held-out rows no score finds {' or '.join(hidden)}: do not filter by this against it"
+        )
+    kinds = ", ".join(f"{kind} {s:.2f}" for kind, s in zip(found, share[1:], strict=True) if s > 0)
+    lines.append(f"noise       estimated share of noisy rows {1 - share[0]:.2f}" + (f" ({kinds})" if kinds else ""))
+    return lines
