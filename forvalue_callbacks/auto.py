@@ -1,13 +1,14 @@
-"""`direction="auto"`: a score that proves itself on the held-out rows.
+"""Scores that are the log of the odds that a row is clean: 0 is where it is as likely noisy as clean.
 
-Copies of the held-out rows are corrupted in the ways in which data goes wrong; what tells the copies from the clean
-rows is learned there, cross-fitted, and used on the training rows. The score of a row is the log of the odds that it
-is clean, so that 0 is where a row is as likely noisy as clean.
+`direction="labels"`, where answers repeat: the label model of `labels.py`. `direction="auto"`: the same where answers
+repeat; else copies of the held-out rows are corrupted in the ways in which data goes wrong, and what tells the copies
+from the clean rows is learned there, cross-fitted, and used on the training rows.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,16 +16,89 @@ import numpy as np
 import torch
 
 from . import core
-from .batching import Batcher, Item, concatenate
-from .calibration import USEFUL_AUC, auc, fit_classifier, log_odds, shares
+from .batching import Batcher, Item, Labelled, concatenate
+from .calibration import USEFUL_AUC, fit_classifier, log_odds, shares
 from .corruption import KINDS, corrupted
-from .evidence import CANDIDATES, FOLDS, Evidence, Half, Match, Measured
-from .rows import Row
-from .scores import ForValueScores
+from .evidence import CANDIDATES, FOLDS, OVERFLOW, Evidence, Half, Match, Measured
+from .labels import fit_labels
+from .rows import IGNORED, Row
+from .scores import ForValueScores, auc
 
 logger = logging.getLogger(__name__)
 
 MIN_ROWS = 40
+# Answers repeat where so many held-out rows share theirs with another.
+REPEATED = 0.5
+
+
+def share_repeated(items: Sequence[Item]) -> float:
+    """Share of rows whose labelled tokens are those of another row too."""
+    answers = Counter(_answer(item.row.labels[1:]) for item in items if item.row is not None)
+    return sum(count for count in answers.values() if count > 1) / len(items)
+
+
+def score_labels(
+    batcher: Batcher, head: core.Head, items: list[Item], dataset: Iterable[Mapping[str, Any]]
+) -> tuple[ForValueScores, str]:
+    """Log odds that the observed answers are right, and the data's hash.
+
+    Raises:
+        ValueError: answers that do not repeat, or that are all the same.
+    """
+    repeated = share_repeated(items)
+    if repeated < REPEATED:
+        raise ValueError(
+            f"direction='labels' is for answers that repeat, and {repeated:.0%} of the {len(items)} validation rows "
+            "share theirs with another: use direction='auto'."
+        )
+
+    def read(batch: Labelled) -> list[tuple[torch.Tensor, bytes, float, int]]:
+        log_p = batch.sum(core.log_likelihood_tokens(head, batch.hidden_TD, batch.labels_T))
+        features = torch.cat([batch.first_RD, batch.prompt_RD], 1).float().cpu()
+        answers = batch.labels_T.cpu().split(batch.lengths)
+        return [
+            (x, _answer(answer.numpy()), float(p), n)
+            for x, answer, p, n in zip(features, answers, log_p, batch.lengths, strict=True)
+        ]
+
+    held_out, _, _ = batcher.map([item.row for item in items if item.row is not None], read, "validation rows")
+    train, reasons, data_hash = batcher.map(dataset, read, "scoring")
+    for i, (x, _, log_p, _) in train.items():
+        if not (torch.isfinite(x).all() and np.isfinite(log_p)):
+            reasons[i] = f"non-finite score: {OVERFLOW}"
+    index = [i for i in sorted(train) if reasons[i] is None]
+    known = [held_out[i] for i in sorted(held_out)]
+    rows = [train[i] for i in index]
+    if not rows:
+        raise ValueError(f"none of {len(reasons)} rows can be scored: {reasons[0] if reasons else 'none given'}.")
+    numbers = {answer: k for k, answer in enumerate(sorted({answer for _, answer, _, _ in (*known, *rows)}))}
+    features = [torch.stack([x for x, _, _, _ in side]) for side in (known, rows)]
+    answers = [np.array([numbers[answer] for _, answer, _, _ in side]) for side in (known, rows)]
+    fit = fit_labels(features[0], answers[0], features[1], answers[1])
+    report = [
+        f"evidence    on your {len(known)} validation rows a wrong answer put in on purpose is told from the right "
+        f"one with AUC {fit.flipped_auc:.2f} (cross-fitted; {len(numbers)} different answers)",
+        f"noise       estimated share of wrong answers {fit.noise_share:.2f}",
+    ]
+    if fit.flipped_auc < USEFUL_AUC:
+        report[0] += ": do not filter by this"
+        logger.warning(report[0])
+    noise = {
+        "share": fit.noise_share,
+        "held_out": {"flipped": {"auc": fit.flipped_auc}},
+        "likelihood": list(fit.likelihood),
+        "answers": len(numbers),
+        "report": report,
+    }
+    n = len(reasons)
+    values, log_likelihood, n_labelled = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
+    values[index], log_likelihood[index] = fit.log_odds, [log_p for _, _, log_p, _ in rows]
+    n_labelled[index] = [length for _, _, _, length in rows]
+    return ForValueScores(values, reasons, log_likelihood, n_labelled, {"noise": noise}), data_hash
+
+
+def _answer(labels: np.ndarray) -> bytes:
+    return labels[labels != IGNORED].astype(np.int64).tobytes()
 
 
 def score_auto(

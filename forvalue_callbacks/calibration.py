@@ -15,7 +15,6 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from .scores import mean_ranks
 from .softmax import fit_softmax, logits
 
 RIDGES = (1.0, 10.0, 100.0)
@@ -80,7 +79,8 @@ def shares(log_p: np.ndarray, n_held_out: int) -> np.ndarray:
 
     Maximum likelihood over mixtures of clean rows and any subset of the kinds. A kind is taken in only where the
     likelihood pays for it (half the logarithm of the number of rows, as in the Bayesian information criterion), or
-    else a few per cent of noise would be found in clean data. `n_held_out`, the clean rows that these rest on, bounds the number of rows that count: what their own sampling error looks like from N rows is no evidence.
+    else a few per cent of noise would be found in clean data. `n_held_out`, the clean rows that these rest on,
+    bounds the number of rows that count: what their own sampling error looks like from N rows is no evidence.
     """
     n_kinds = log_p.shape[1] - 1
     effective = 1 / (1 / len(log_p) + 1 / n_held_out)
@@ -104,12 +104,6 @@ def log_odds(log_p: np.ndarray, class_shares: np.ndarray) -> np.ndarray:
     floor = 0.5 / len(log_p)
     weighted = log_p + np.log(np.maximum(class_shares, floor))
     return weighted[:, 0] - _log_sum_exp(weighted[:, 1:])
-
-
-def auc(clean: np.ndarray, noisy: np.ndarray) -> float:
-    """Chance that a clean row scores higher than a noisy one; ties count half."""
-    ranks = mean_ranks(np.concatenate([clean, noisy]))
-    return float((ranks[: len(clean)].mean() - (len(clean) + 1) / 2) / len(noisy))
 
 
 def _expand(features: np.ndarray, center: np.ndarray, spread: np.ndarray) -> torch.Tensor:

@@ -167,6 +167,23 @@ def add_gradient(
     return out_VD
 
 
+def log_likelihood_tokens(
+    head: Head, hidden_TD: Tensor, labels_T: Tensor, *, token_tile: int = TOKEN_TILE, vocab_block: int = VOCAB_BLOCK
+) -> Tensor:
+    """`log_softmax(logits)[t, labels[t]]`, (T,)."""
+    dtype = working_dtype(head.weight, hidden_TD)
+    log_p = []
+    for tile in _blocks(len(hidden_TD), token_tile):
+        hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
+        fold, logit_y = _OnlineSoftmax(hidden[:, 0]), torch.zeros_like(hidden[:, 0])
+        for block in _blocks(head.vocab_size, vocab_block):
+            logits = head.logits(hidden, block)
+            logit_y = _pick(logit_y, logits, labels, block)
+            fold.fold(logits)
+        log_p.append(logit_y - fold.log_normalizer())
+    return _join(log_p, hidden_TD, dtype)
+
+
 def score_tokens(
     head: Head,
     direction_VD: Tensor,

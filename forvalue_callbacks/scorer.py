@@ -15,7 +15,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from . import core
-from .auto import score_auto
+from .auto import REPEATED, score_auto, score_labels, share_repeated
 from .batching import Batcher, Item, Labelled, concatenate, world
 from .corruption import word_starts
 from .evidence import OVERFLOW
@@ -42,8 +42,10 @@ class ForValueConfig:
             "'fitted': to the head fitted on them; the score is a row's log-likelihood after minus before. "
             "'fitted_likelihood': the same head; the score is the log-likelihood after. 'auto': what tells clean rows "
             "from noisy ones is learned from the validation rows and copies of them corrupted on purpose; the score "
-            "is the log odds that a row is clean.",
-            "choices": ["gradient", "whitened", "fitted", "fitted_likelihood", "auto"],
+            "is the log odds that a row is clean. 'labels': where answers repeat, a model of the right answer, fitted "
+            "on the validation rows and, untrusted, on the training rows; the score is the log odds that a row's "
+            "answer is right ('auto' is this where answers repeat).",
+            "choices": ["gradient", "whitened", "fitted", "fitted_likelihood", "auto", "labels"],
         },
     )
     normalize: str = field(
@@ -94,7 +96,7 @@ class ForValueConfig:
     @property
     def gives_log_odds(self) -> bool:
         """Whether scores are log odds that a row is clean, which depend on all the rows that are scored together."""
-        return self.direction == "auto"
+        return self.direction in ("auto", "labels")
 
 
 class ForValueScorer:
@@ -158,7 +160,8 @@ class ForValueScorer:
         """One score per row, in row order; NaN and a reason where a row cannot be scored.
 
         Units: nats of log-likelihood, per unit step along "gradient" and "whitened"; per labelled token with
-        `normalize="length"`, per unit of gradient norm with "cosine"; log odds of clean against noisy with "auto".
+        `normalize="length"`, per unit of gradient norm with "cosine"; log odds of clean against noisy with "auto"
+        and "labels".
         """
         if self.config.gives_log_odds:
             return self._score_log_odds(dataset)
@@ -197,16 +200,19 @@ class ForValueScorer:
         with left_as_found(self.backbone.model):
             self._check()
             head = self.backbone.head()
-            scores, data_hash = score_auto(
-                self.batcher,
-                head,
-                items,
-                dataset,
-                starts=word_starts(self.prepare.processing_class, head.vocab_size),
-                bos=self.backbone.bos,
-                max_length=self.rows.max_length,
-                ridge=WHITENING_RIDGE,
-            )
+            if self.config.direction == "labels" or share_repeated(items) >= REPEATED:
+                scores, data_hash = score_labels(self.batcher, head, items, dataset)
+            else:
+                scores, data_hash = score_auto(
+                    self.batcher,
+                    head,
+                    items,
+                    dataset,
+                    starts=word_starts(self.prepare.processing_class, head.vocab_size),
+                    bos=self.backbone.bos,
+                    max_length=self.rows.max_length,
+                    ridge=WHITENING_RIDGE,
+                )
         scores.metadata |= {"made_of": {**self.made_of(), "data": data_hash}, "config": asdict(self.config)}
         return scores
 

@@ -177,13 +177,19 @@ class ForValueScores:
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Rank correlation of x and y, both (N,), ties by their mean rank; NaN where one is constant."""
-    x, y = mean_ranks(x), mean_ranks(y)
+    x, y = _mean_ranks(x), _mean_ranks(y)
     x, y = x - x.mean(), y - y.mean()
     norm = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / norm) if norm > 0 else float("nan")
 
 
-def mean_ranks(x: np.ndarray) -> np.ndarray:
+def auc(clean: np.ndarray, noisy: np.ndarray) -> float:
+    """Chance that a clean row scores higher than a noisy one; ties count half."""
+    ranks = _mean_ranks(np.concatenate([clean, noisy]))
+    return float((ranks[: len(clean)].mean() - (len(clean) + 1) / 2) / len(noisy))
+
+
+def _mean_ranks(x: np.ndarray) -> np.ndarray:
     """Ranks of x, 1 = smallest, ties by their mean rank, (N,)."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

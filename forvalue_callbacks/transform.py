@@ -38,7 +38,8 @@ class ForValueTransform:
         model_kwargs: for `AutoModelForCausalLM.from_pretrained` where `model` is a path or an id.
 
     Raises:
-        ValueError: `vocab="seen"` (it depends on rows that a batch does not hold), and what `ForValueScorer` raises.
+        ValueError: `vocab="seen"`, "auto" and "labels" (they depend on rows that a batch does not hold), and what
+            `ForValueScorer` raises.
     """
 
     def __init__(
@@ -55,6 +56,11 @@ class ForValueTransform:
         self.config = config or ForValueConfig()
         if self.config.vocab != "full":
             raise ValueError("vocab='seen' depends on the whole data set: use ForValueScorer.score.")
+        if self.config.gives_log_odds:
+            raise ValueError(
+                f"direction={self.config.direction!r} learns from all the rows, and map shows a batch at a time: "
+                "use dataset.add_column('forvalue_score', ForValueScorer(...).score(dataset).values)."
+            )
         self._model = model
         self._model_kwargs = dict(model_kwargs or {})
         self._validation_dataset = validation_dataset
