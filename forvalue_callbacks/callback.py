@@ -203,12 +203,17 @@ def apply_policy(
     """Weights (N,) of the data set's rows.
 
     Raises:
-        ValueError: as many scores as rows are needed, and the policy's group column.
+        ValueError: as many scores as rows are needed, the policy's group column, and log odds for `Drop("auto")`.
     """
     if len(scores) != len(dataset):
         raise ValueError(
             f"{len(scores)} scores for {len(dataset)} training rows. SFTTrainer drops fully masked rows and shuffles "
             "if asked: score trainer.train_dataset itself."
+        )
+    if policy.needs_log_odds and "noise" not in scores.metadata:
+        raise ValueError(
+            f"{policy} needs scores that are log odds of a clean row: score with ForValueConfig(direction='auto') (or "
+            "'labels'), or give a fraction."
         )
     column = policy.group_column
     if column is None:

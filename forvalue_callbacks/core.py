@@ -14,8 +14,9 @@ Arithmetic is float32 (float64 when the head or the hidden states are), whatever
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from torch import Tensor
 # the two products that fill it are still large enough to run at full speed.
 TOKEN_TILE = 1024
 VOCAB_BLOCK = 2048
+# On an accelerator a product must be larger to outweigh its launch: 128 MB.
+ACCELERATOR_TOKEN_TILE, ACCELERATOR_VOCAB_BLOCK = 4096, 8192
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,9 @@ class Head:
         return (logits_TC / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
 
     def linear(self, hidden_TD: Tensor, block: slice) -> Tensor:
-        """W h + b on one block of the vocabulary, (T, C)."""
-        weight_CD = self.weight[block].to(hidden_TD.dtype)
-        if self.bias is None:
-            return hidden_TD @ weight_CD.T
-        return torch.addmm(self.bias[block].to(hidden_TD.dtype), hidden_TD, weight_CD.T)
+        """W h + b on one block of the vocabulary, (T, C); in float32 where the hidden states are in half precision."""
+        linear_TC = product(hidden_TD, self.weight[block])
+        return linear_TC if self.bias is None else linear_TC.add_(self.bias[block])
 
     def logits(self, hidden_TD: Tensor, block: slice = slice(None)) -> Tensor:
         """Logits on one block of the vocabulary, (T, C)."""
@@ -77,20 +79,70 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def _factor(head: Head, hidden_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Hidden states as the products take them: in half precision where CUDA multiplies them with a head of the same.
+
+    Such a product is exact but for its sums, which are float32: nothing is lost by not converting the factors first.
+    """
+    if hidden_TD.is_cuda and hidden_TD.dtype in HALF and head.weight.dtype == hidden_TD.dtype:
+        return hidden_TD
+    return hidden_TD.to(dtype)
+
+
+def product(hidden_TD: Tensor, matrix_CD: Tensor) -> Tensor:
+    """`hidden @ matrix.T`, (T, C), in the working dtype.
+
+    Half-precision hidden states meet a float32 matrix as the sum of two half-precision ones, which holds 16 of its 24
+    bits (22 with float16): one product of twice the depth, several times as fast as one in float32.
+    """
+    if hidden_TD.dtype not in HALF:
+        return hidden_TD @ matrix_CD.to(hidden_TD.dtype).T
+    if matrix_CD.dtype != hidden_TD.dtype:
+        high_CD = matrix_CD.to(hidden_TD.dtype)
+        matrix_CD = torch.cat([high_CD, (matrix_CD - high_CD).to(hidden_TD.dtype)], 1)
+        hidden_TD = torch.cat([hidden_TD, hidden_TD], 1)
+    return torch.mm(hidden_TD, matrix_CD.T, out_dtype=torch.float32)
+
+
+def _sizes(like: Tensor, token_tile: int | None, vocab_block: int | None) -> tuple[int, int]:
+    """Tile and block as given, or by the device."""
+    on_cpu = like.device.type == "cpu"
+    return (
+        token_tile or (TOKEN_TILE if on_cpu else ACCELERATOR_TOKEN_TILE),
+        vocab_block or (VOCAB_BLOCK if on_cpu else ACCELERATOR_VOCAB_BLOCK),
+    )
+
+
 def _blocks(n: int, size: int) -> Iterator[slice]:
     return (slice(lo, min(lo + size, n)) for lo in range(0, n, size))
 
 
 class _OnlineSoftmax:
-    """log sum exp, and the mean of a value under the softmax, folded over blocks of the vocabulary."""
+    """log sum exp, the mean of a value under the softmax, and both at the labels, folded over blocks of vocabulary.
 
-    def __init__(self, like_T: Tensor):
-        self.top = torch.full_like(like_T, -torch.inf)
-        self.mass = torch.zeros_like(like_T)
-        self.weighted = torch.zeros_like(like_T)
+    Args:
+        hidden_TD: the positions, for their number and device.
+        dtype: of the sums.
+        labels_T: where to pick; None: nowhere.
+    """
 
-    def fold(self, logits_TC: Tensor, value_TC: Tensor | None = None) -> None:
+    def __init__(self, hidden_TD: Tensor, dtype: torch.dtype, labels_T: Tensor | None = None):
+        def new(value: float) -> Tensor:
+            return torch.full((len(hidden_TD),), value, dtype=dtype, device=hidden_TD.device)
+
+        self.labels = labels_T
+        self.top, self.mass, self.weighted = new(-torch.inf), new(0.0), new(0.0)
+        self.logit_y, self.value_y = new(0.0), new(0.0)
+
+    def fold(self, block: slice, logits_TC: Tensor, value_TC: Tensor | None = None) -> None:
         """Take in one block; overwrites both arguments."""
+        if logits_TC.is_cuda and logits_TC.dtype == torch.float32 and (kernel := fold_kernel()) is not None:
+            kernel(self, block, logits_TC, value_TC)
+            return
+        if self.labels is not None:
+            self.logit_y = _pick(self.logit_y, logits_TC, self.labels, block)
+            if value_TC is not None:
+                self.value_y = _pick(self.value_y, value_TC, self.labels, block)
         top = torch.maximum(self.top, logits_TC.amax(-1))
         shrink = (self.top - top).exp_()
         mass_TC = logits_TC.sub_(top[:, None]).exp_()
@@ -102,8 +154,22 @@ class _OnlineSoftmax:
     def log_normalizer(self) -> Tensor:
         return self.top + self.mass.log()
 
-    def mean(self) -> Tensor:
-        return self.weighted / self.mass
+    def log_likelihood(self) -> Tensor:
+        return self.logit_y - self.log_normalizer()
+
+    def surplus(self) -> Tensor:
+        """The value at the label, minus its mean."""
+        return self.value_y - self.weighted / self.mass
+
+
+@cache
+def fold_kernel() -> Callable[..., None] | None:
+    """The fold as one Triton kernel, None where there is no Triton."""
+    try:
+        from .triton_fold import fold
+    except ImportError:
+        return None
+    return fold
 
 
 def _pick(out_T: Tensor, value_TC: Tensor, labels_T: Tensor, block: slice) -> Tensor:
@@ -113,12 +179,13 @@ def _pick(out_T: Tensor, value_TC: Tensor, labels_T: Tensor, block: slice) -> Te
     return torch.where(inside, value_TC.gather(1, column[:, None])[:, 0], out_T)
 
 
-def log_normalizer(head: Head, hidden_TD: Tensor, vocab_block: int = VOCAB_BLOCK) -> Tensor:
+def log_normalizer(head: Head, hidden_TD: Tensor, vocab_block: int | None = None) -> Tensor:
     """`torch.logsumexp(head.logits(hidden), -1)`, (T,)."""
-    hidden_TD = hidden_TD.to(working_dtype(head.weight, hidden_TD))
-    fold = _OnlineSoftmax(hidden_TD[:, 0])
-    for block in _blocks(head.vocab_size, vocab_block):
-        fold.fold(head.logits(hidden_TD, block))
+    dtype = working_dtype(head.weight, hidden_TD)
+    hidden_TD = _factor(head, hidden_TD, dtype)
+    fold = _OnlineSoftmax(hidden_TD, dtype)
+    for block in _blocks(head.vocab_size, _sizes(hidden_TD, None, vocab_block)[1]):
+        fold.fold(block, head.logits(hidden_TD, block))
     return fold.log_normalizer()
 
 
@@ -146,8 +213,8 @@ def add_gradient(
     hidden_TD: Tensor,
     labels_T: Tensor,
     *,
-    token_tile: int = TOKEN_TILE,
-    vocab_block: int = VOCAB_BLOCK,
+    token_tile: int | None = None,
+    vocab_block: int | None = None,
 ) -> Tensor:
     """Add `G = sum_t e_t h_t^T` to `out_VD`: the gradient of `sum_t log p_t(y_t)` in W (paper, Eq. 2).
 
@@ -159,6 +226,7 @@ def add_gradient(
         labels_T: the tokens predicted there, (T,).
     """
     dtype = working_dtype(head.weight, hidden_TD)
+    token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     for tile in _blocks(len(hidden_TD), token_tile):
         hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
         log_norm = log_normalizer(head, hidden, vocab_block)
@@ -168,19 +236,18 @@ def add_gradient(
 
 
 def log_likelihood_tokens(
-    head: Head, hidden_TD: Tensor, labels_T: Tensor, *, token_tile: int = TOKEN_TILE, vocab_block: int = VOCAB_BLOCK
+    head: Head, hidden_TD: Tensor, labels_T: Tensor, *, token_tile: int | None = None, vocab_block: int | None = None
 ) -> Tensor:
     """`log_softmax(logits)[t, labels[t]]`, (T,)."""
     dtype = working_dtype(head.weight, hidden_TD)
+    token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     log_p = []
     for tile in _blocks(len(hidden_TD), token_tile):
-        hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
-        fold, logit_y = _OnlineSoftmax(hidden[:, 0]), torch.zeros_like(hidden[:, 0])
+        hidden = _factor(head, hidden_TD[tile], dtype)
+        fold = _OnlineSoftmax(hidden, dtype, labels_T[tile])
         for block in _blocks(head.vocab_size, vocab_block):
-            logits = head.logits(hidden, block)
-            logit_y = _pick(logit_y, logits, labels, block)
-            fold.fold(logits)
-        log_p.append(logit_y - fold.log_normalizer())
+            fold.fold(block, head.logits(hidden, block))
+        log_p.append(fold.log_likelihood())
     return _join(log_p, hidden_TD, dtype)
 
 
@@ -190,8 +257,8 @@ def score_tokens(
     hidden_TD: Tensor,
     labels_T: Tensor,
     *,
-    token_tile: int = TOKEN_TILE,
-    vocab_block: int = VOCAB_BLOCK,
+    token_tile: int | None = None,
+    vocab_block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score of each labelled position, `<direction, e_t h_t^T>`, and its log-likelihood.
 
@@ -207,23 +274,20 @@ def score_tokens(
         score_T, log_likelihood_T: both (T,).
     """
     dtype = working_dtype(head.weight, hidden_TD, direction_VD)
+    token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     scores, log_p = [], []
     for tile in _blocks(len(hidden_TD), token_tile):
-        hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
-        fold = _OnlineSoftmax(hidden[:, 0])
-        gain_y = torch.zeros_like(hidden[:, 0])
-        logit_y = torch.zeros_like(gain_y)
+        hidden = _factor(head, hidden_TD[tile], dtype)
+        fold = _OnlineSoftmax(hidden, dtype, labels_T[tile])
         for block in _blocks(head.vocab_size, vocab_block):
             logits = head.logits(hidden, block)
-            gain = hidden @ direction_VD[block].to(dtype).T
+            gain = product(hidden, direction_VD[block])
             slope = head.slope(logits)
             if not isinstance(slope, float) or slope != 1.0:
                 gain = gain.mul_(slope)
-            gain_y = _pick(gain_y, gain, labels, block)
-            logit_y = _pick(logit_y, logits, labels, block)
-            fold.fold(logits, gain)
-        scores.append(gain_y - fold.mean())
-        log_p.append(logit_y - fold.log_normalizer())
+            fold.fold(block, logits, gain)
+        scores.append(fold.surplus())
+        log_p.append(fold.log_likelihood())
     return _join(scores, hidden_TD, dtype), _join(log_p, hidden_TD, dtype)
 
 
@@ -233,8 +297,8 @@ def gain_tokens(
     hidden_TD: Tensor,
     labels_T: Tensor,
     *,
-    token_tile: int = TOKEN_TILE,
-    vocab_block: int = VOCAB_BLOCK,
+    token_tile: int | None = None,
+    vocab_block: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-likelihood of each labelled position after the head moves from W to W + move, minus before; and before.
 
@@ -245,20 +309,18 @@ def gain_tokens(
         gain_T, log_likelihood_T: both (T,).
     """
     dtype = working_dtype(head.weight, hidden_TD, move_VD)
+    token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     gains, log_p = [], []
     for tile in _blocks(len(hidden_TD), token_tile):
-        hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
-        before, after = _OnlineSoftmax(hidden[:, 0]), _OnlineSoftmax(hidden[:, 0])
-        before_y, after_y = torch.zeros_like(hidden[:, 0]), torch.zeros_like(hidden[:, 0])
+        hidden = _factor(head, hidden_TD[tile], dtype)
+        before, after = (_OnlineSoftmax(hidden, dtype, labels_T[tile]) for _ in range(2))
         for block in _blocks(head.vocab_size, vocab_block):
             linear = head.linear(hidden, block)
-            moved = head.transform(torch.addmm(linear, hidden, move_VD[block].to(dtype).T))
-            logits = head.transform(linear)
-            before_y, after_y = _pick(before_y, logits, labels, block), _pick(after_y, moved, labels, block)
-            before.fold(logits)
-            after.fold(moved)
-        log_p.append(before_y - before.log_normalizer())
-        gains.append(after_y - after.log_normalizer() - log_p[-1])
+            moved = head.transform(product(hidden, move_VD[block]).add_(linear))
+            before.fold(block, head.transform(linear))
+            after.fold(block, moved)
+        log_p.append(before.log_likelihood())
+        gains.append(after.log_likelihood() - log_p[-1])
     return _join(gains, hidden_TD, dtype), _join(log_p, hidden_TD, dtype)
 
 
@@ -278,8 +340,8 @@ def score_pairs(
     n_other_rows: int,
     *,
     other_metric_TD: Tensor | None = None,
-    token_tile: int = TOKEN_TILE,
-    vocab_block: int = VOCAB_BLOCK,
+    token_tile: int | None = None,
+    vocab_block: int | None = None,
 ) -> Tensor:
     """`<G(z), G(v)>` for every pair of rows, (n_rows, n_other_rows): `sum_{t, t'} <e_t, e_t'> <h_t, h_t'>`.
 
@@ -289,6 +351,7 @@ def score_pairs(
     states in `<h, h'>` (for a score in another metric, `<h, M h'>`).
     """
     dtype = working_dtype(head.weight, hidden_TD, other_hidden_TD)
+    token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     out = torch.zeros(n_rows, n_other_rows, dtype=torch.float64, device=hidden_TD.device)
     others = [(tile, other_hidden_TD[tile].to(dtype)) for tile in _blocks(len(other_hidden_TD), token_tile)]
     other_log_norms = [log_normalizer(head, other_hidden, vocab_block) for _, other_hidden in others]
@@ -317,8 +380,8 @@ def squared_norms(
     lengths: list[int],
     *,
     metric_TD: Tensor | None = None,
-    token_tile: int = TOKEN_TILE,
-    vocab_block: int = VOCAB_BLOCK,
+    token_tile: int | None = None,
+    vocab_block: int | None = None,
 ) -> Tensor:
     """`||G(z)||^2` of each row, (N,), from its token pairs: `sum_{t, t'} <e_t, e_t'> <h_t, h_t'>` within the row.
 
@@ -327,6 +390,7 @@ def squared_norms(
         metric_TD: replaces one side's hidden states, for the norm in another metric.
     """
     dtype = working_dtype(head.weight, hidden_TD)
+    token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     out = torch.zeros(len(lengths), dtype=torch.float64, device=hidden_TD.device)
     starts = [0]
     for length in lengths:

@@ -143,11 +143,11 @@ def _rest_log_normalizer(head: Head, seen_S: Tensor, hidden_TD: Tensor) -> Tenso
     seen_V[seen_S] = True
     out = []
     for hidden in hidden_TD.split(TOKEN_TILE):
-        fold = _OnlineSoftmax(hidden[:, 0])
+        fold = _OnlineSoftmax(hidden, hidden.dtype)
         for block in _blocks(head.vocab_size, VOCAB_BLOCK):
             unseen = ~seen_V[block]
             if unseen.any():
-                fold.fold(head.logits(hidden, block)[:, unseen])
+                fold.fold(block, head.logits(hidden, block)[:, unseen])
         out.append(fold.log_normalizer())
     return torch.cat(out)
 

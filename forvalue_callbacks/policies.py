@@ -30,6 +30,11 @@ class Policy:
 
     group_column: str | None = field(default=None, kw_only=True)
 
+    @property
+    def needs_log_odds(self) -> bool:
+        """Whether the scores must be log odds that a row is clean, as `direction="auto"` and "labels" give."""
+        return False
+
     def __call__(self, scores: np.ndarray, groups: Sequence[Any] | None = None) -> np.ndarray:
         """Weights of the rows, (N,) float64.
 
@@ -91,16 +96,23 @@ class Drop(Policy):
     With groups the number dropped is the same and each group gives its share (see `_keep_best`).
 
     Args:
-        fraction: in [0, 1).
+        fraction: in [0, 1), or "auto": the rows that are more likely noisy than clean, by scores that are log odds
+            (`direction="auto"` or "labels"); with groups the best row of each group stays in any case.
     """
 
-    fraction: float
+    fraction: float | str
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fraction < 1:
-            raise ValueError(f"Drop: fraction must be in [0, 1), not {self.fraction}")
+        if self.fraction != "auto" and (isinstance(self.fraction, str) or not 0 <= self.fraction < 1):
+            raise ValueError(f"Drop: fraction must be in [0, 1) or 'auto', not {self.fraction!r}")
+
+    @property
+    def needs_log_odds(self) -> bool:
+        return self.fraction == "auto"
 
     def _weights(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
+        if isinstance(self.fraction, str):
+            return Threshold(0.0, group_column=self.group_column)._weights(scores, groups)
         n_keep = len(scores) - round(self.fraction * len(scores))
         return _keep_best(scores, groups, n_keep, every_group=self.group_column is not None)
 
@@ -193,6 +205,10 @@ class Chain(Policy):
             raise ValueError(f"a chain of policies takes one group column, not {sorted(map(str, columns))}")
         object.__setattr__(self, "group_column", next(iter(columns), None))
 
+    @property
+    def needs_log_odds(self) -> bool:
+        return any(policy.needs_log_odds for policy in self.policies)
+
     def __call__(self, scores: np.ndarray, groups: Sequence[Any] | None = None) -> np.ndarray:
         scores = np.asarray(scores, dtype=np.float64)
         weights = np.ones(len(scores))
@@ -207,8 +223,9 @@ class Chain(Policy):
 def parse_policy(text: str) -> Policy:
     """The policy that `str(policy)` names, for YAML and the command line.
 
-    `drop:0.2`, `keep:500` (a count), `keep:0.5` (a fraction), `threshold:0.0`, `reweight:1.0`; `@column` sets the
-    group column (`drop:0.2@label`); `+` chains (`drop:0.2+reweight:1.0`). `threshold` and `reweight` have defaults.
+    `drop:0.2`, `drop:auto`, `keep:500` (a count), `keep:0.5` (a fraction), `threshold:0.0`, `reweight:1.0`; `@column`
+    sets the group column (`drop:0.2@label`); `+` chains (`drop:0.2+reweight:1.0`). `threshold` and `reweight` have
+    defaults.
 
     Raises:
         ValueError: an unknown name or a number that does not parse.
@@ -226,10 +243,12 @@ def _parse_one(text: str) -> Policy:
         name, number, column = match.groups()
         if number is None:
             return kinds[name](group_column=column)
+        if (name, number.strip()) == ("drop", "auto"):
+            return Drop("auto", group_column=column)
         return kinds[name](int(number) if number.strip().isdigit() else float(number), group_column=column)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"cannot read the policy {text!r} ({error}); write for example drop:0.2, keep:500, keep:0.5, "
+            f"cannot read the policy {text!r} ({error}); write for example drop:0.2, drop:auto, keep:500, keep:0.5, "
             "threshold:0.0, reweight:1.0, drop:0.2@label or drop:0.2+reweight:1.0"
         ) from None
 

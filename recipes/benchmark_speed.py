@@ -2,6 +2,7 @@
 
     python recipes/benchmark_speed.py --shape smollm-135m --rows 32 --repeats 3
     python recipes/benchmark_speed.py --shape smollm-135m --rows 32 --memory true
+    python recipes/benchmark_speed.py --shape qwen2.5-7b --rows 256 --length 1024 --batch_size 16    # on a GPU
 
 Random weights of the true shape (times do not depend on the values), float32 on a CPU, bfloat16 on an accelerator.
 
@@ -10,6 +11,10 @@ Random weights of the true shape (times do not depend on the values), float32 on
     scorer     ForValueScorer.score
     evaluation model(**batch) with loss, rows as they come: what an evaluation pass computes
     trainer    Trainer.evaluate()
+    sft        SFTTrainer.evaluate(), with its fused head
+    algorithm1 the paper's Algorithm 1: errors on the tokens seen, and a matrix (tokens seen) x d for each row
+    lora       a step of AdamW on the LoRA factors (r=8, query and value) per batch: an epoch of a baseline's training
+    gradients  per-sample LoRA gradients of the rows, which DataInf and its like need after that training
 """
 
 from __future__ import annotations
@@ -24,9 +29,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Trainer,
+    TrainingArguments,
+)
 
-from forvalue_callbacks import ForValueConfig, ForValueScorer
+from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, baselines
 
 SHAPES = {
     "tiny": {
@@ -46,6 +61,23 @@ SHAPES = {
         "vocab_size": 49152,
         "tie_word_embeddings": True,
     },
+    "qwen2.5-7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "qwen2.5-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
     "qwen2.5-0.5b": {
         "hidden_size": 896,
         "intermediate_size": 4864,
@@ -56,7 +88,7 @@ SHAPES = {
         "tie_word_embeddings": True,
     },
 }
-ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer")
+ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer", "sft", "algorithm1", "lora", "gradients")
 
 
 @dataclass
@@ -70,16 +102,19 @@ class BenchmarkConfig:
     batch_size: int = field(default=8, metadata={"help": "Rows per forward pass, in every arm."})
     repeats: int = field(default=3, metadata={"help": "Times every arm is run; medians are printed."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and rows."})
+    arms: list[str] = field(default_factory=lambda: list(ARMS[:5]), metadata={"help": f"Some of {', '.join(ARMS)}."})
     memory: bool = field(default=False, metadata={"help": "Peak memory of each arm, in a process each, not time."})
     arm: str | None = field(default=None, metadata={"help": "Run this arm once and print its peak memory (internal)."})
 
 
-def build(config: BenchmarkConfig) -> tuple[LlamaForCausalLM, list[dict[str, list[int]]]]:
+def build(config: BenchmarkConfig) -> tuple[PreTrainedModel, list[dict[str, list[int]]]]:
     torch.manual_seed(config.seed)
     device = torch.accelerator.current_accelerator(check_available=True)
     dtype = torch.float32 if device is None else torch.bfloat16
     shape = {**SHAPES[config.shape], "max_position_embeddings": 2048}
-    model = LlamaForCausalLM(LlamaConfig(**shape)).to(dtype=dtype, device=device or "cpu").eval()
+    family = Qwen2Config if config.shape.startswith("qwen") else LlamaConfig
+    with torch.device(device or "cpu"):
+        model = AutoModelForCausalLM.from_config(family(**shape), dtype=dtype).eval()
     rows = []
     for _ in range(config.rows + config.validation_rows):
         length = round(config.length * (config.shortest + (1 - config.shortest) * float(torch.rand(()))))
@@ -113,6 +148,7 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
     settings = ForValueConfig(max_tokens_per_batch=config.batch_size * config.length)
     scorer = ForValueScorer(model, validation, settings, progress=False)
     weight = model.get_output_embeddings().weight.detach()
+    block = 2048 if weight.device.type == "cpu" else 8192
 
     def hidden_states():
         for batch in batched(by_length):
@@ -121,9 +157,63 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
 
     def bound():
         for hidden in hidden_states():
-            for lo in range(0, len(weight), 2048):  # in blocks: T x V must not be held
-                _ = hidden @ weight[lo : lo + 2048].T
-                _ = hidden @ weight[lo : lo + 2048].T
+            for lo in range(0, len(weight), block):  # in blocks: T x V must not be held
+                _ = hidden @ weight[lo : lo + block].T
+                _ = hidden @ weight[lo : lo + block].T
+
+    def algorithm1():
+        """Direction and rows on the tokens seen in both, from full-vocabulary probabilities in float32."""
+        known, out = [rows_of(batch) for batch in batched(validation)], []
+        for batch in batched(by_length):
+            states, labels = rows_of(batch)
+            seen = torch.cat([*labels, *(label for _, some in known for label in some)]).unique()
+            direction = sum(matrix(h, y, seen) for some, theirs in known for h, y in zip(some, theirs, strict=True))
+            out += [float((matrix(h, y, seen) * direction).sum()) for h, y in zip(states, labels, strict=True)]
+        return out
+
+    def rows_of(batch):
+        labels = batch.pop("labels")[:, 1:]
+        states = model.model(**batch, use_cache=False).last_hidden_state[:, :-1]
+        return [h[y != -100] for h, y in zip(states, labels, strict=True)], [y[y != -100] for y in labels]
+
+    def matrix(hidden, labels, seen):
+        errors = -(hidden @ weight.T).float().softmax(-1)
+        errors[torch.arange(len(labels)), labels] += 1
+        return errors[:, seen].T @ hidden.float()
+
+    adapted: list[PeftModel] = []
+
+    def with_lora() -> PeftModel:
+        if not adapted:  # at the end: it changes the model
+            adapted.append(get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"])))
+        return adapted[0]
+
+    def lora():
+        peft_model = with_lora().train()
+        optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=0.0)
+        with torch.enable_grad():
+            for batch in batched(by_length):
+                peft_model(**batch, use_cache=False).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        peft_model.eval()
+
+    def sft():
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        arguments = {"output_dir": "outputs/benchmark", "per_device_eval_batch_size": config.batch_size}
+        arguments |= {"prediction_loss_only": True, "report_to": [], "disable_tqdm": True, "max_length": None}
+        arguments |= {"bf16": weight.dtype == torch.bfloat16, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        few = Dataset.from_list(train[:1])
+        trainer = SFTTrainer(
+            model,
+            SFTConfig(**arguments),
+            collate,
+            train_dataset=few,
+            processing_class=AutoTokenizer.from_pretrained(TINY_MODEL),
+        )
+        return trainer.evaluate(Dataset.from_list(train))
 
     trainer_args = TrainingArguments(
         output_dir="outputs/benchmark",
@@ -138,6 +228,12 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
         "scorer": lambda: (scorer.direction(), scorer.score(train)),
         "evaluation": lambda: [float(model(**batch, use_cache=False).loss) for batch in batched(train)],
         "trainer": lambda: Trainer(model, args=trainer_args, data_collator=collate).evaluate(train),
+        "sft": sft,
+        "algorithm1": algorithm1,
+        "lora": lora,
+        "gradients": lambda: baselines.gradients(
+            with_lora(), train, max_tokens_per_batch=config.batch_size * config.length
+        ),
     }
 
 
@@ -146,14 +242,21 @@ def peak_mib() -> float:
 
 
 def measure_time(config: BenchmarkConfig) -> dict[str, float]:
-    runs = arms(config)
+    runs = {name: run for name, run in arms(config).items() if name in config.arms}
+
+    def finish() -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
     for run in runs.values():  # warm up; the direction is computed here
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(config.repeats):
         for name, run in runs.items():
+            finish()
             started = time.perf_counter()
             run()
+            finish()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -161,7 +264,7 @@ def measure_time(config: BenchmarkConfig) -> dict[str, float]:
 def measure_memory(config: BenchmarkConfig) -> dict[str, float]:
     """Peak resident memory of a process that runs one arm, MiB."""
     peaks = {}
-    for name in ARMS:
+    for name in config.arms:
         command = [sys.executable, __file__, *sys.argv[1:], "--arm", name]
         peaks[name] = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
     return peaks
@@ -187,9 +290,13 @@ def main(config: BenchmarkConfig) -> dict[str, float]:
         )
         return peaks
     medians = measure_time(config)
+    if torch.cuda.is_available():
+        print(
+            f"{torch.cuda.get_device_name()}, peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in all"
+        )
     print("| arm | seconds | scorer / arm |\n|---|---|---|")
     for name, value in medians.items():
-        print(f"| {name} | {value:.2f} | {medians['scorer'] / value:.2f} |")
+        print(f"| {name} | {value:.3f} | {medians['scorer'] / value:.2f} |")
     return medians
 
 

@@ -67,6 +67,30 @@ def load_rows(config: DataConfig) -> tuple[Dataset, Dataset, Dataset]:
     return swap_answers(rows.select(range(held_out, stop)), config.noise, seed), validation, test
 
 
+def change_words(rows: Dataset, share: float, seed: int, insert: bool) -> Dataset:
+    """`round(share * N)` rows have three in ten words of their completion deleted, or as many words of others put in.
+
+    Adds `is_noisy`; a completion of one word cannot lose any and stays clean.
+    """
+    rng = random.Random(seed)
+    answers = [answer.split() for answer in rows["completion"]]
+    pool = [word for answer in answers for word in answer]
+    changed, noisy = list(rows["completion"]), [False] * len(rows)
+    for i in rng.sample(range(len(rows)), round(share * len(rows))):
+        words, n = list(answers[i]), max(1, round(0.3 * len(answers[i])))
+        if insert:
+            for _ in range(n):
+                words.insert(rng.randrange(len(words) + 1), rng.choice(pool))
+        elif len(words) > 1:
+            dropped = set(rng.sample(range(len(words)), min(n, len(words) - 1)))
+            words = [word for place, word in enumerate(words) if place not in dropped]
+        noisy[i] = words != answers[i]
+        if noisy[i]:
+            changed[i] = " ".join(words)
+    kept = rows.remove_columns("completion")
+    return concatenate_datasets([kept, Dataset.from_dict({"completion": changed, "is_noisy": noisy})], axis=1)
+
+
 def swap_answers(rows: Dataset, share: float, seed: int) -> Dataset:
     """`round(share * N)` rows get one another's completion (nobody keeps its own text where avoidable).
 

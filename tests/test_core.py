@@ -1,3 +1,5 @@
+import importlib.util
+import os
 import subprocess
 import sys
 
@@ -169,3 +171,47 @@ def test_the_core_imports_torch_and_nothing_else_of_the_stack():
     # and the test itself can see an import
     seen = code.replace("forvalue_callbacks.core", "forvalue_callbacks.core, pyarrow")
     assert subprocess.check_output([sys.executable, "-c", seen], text=True).strip() == "['pyarrow']"
+
+
+KERNEL = """
+import torch
+from forvalue_callbacks import core, triton_fold
+
+torch.manual_seed(0)
+for n_columns, n_more in ((5, 3), (3000, 2048)):
+    logits, values = 5 * torch.randn(7, n_columns + n_more), torch.randn(7, n_columns + n_more)
+    labels = torch.tensor([0, 1, n_columns - 1, n_columns, n_columns + n_more - 1, 2, 3])
+    for given in (None, values):
+        ours, plain = (core._OnlineSoftmax(logits, torch.float32, labels) for _ in range(2))
+        for block in (slice(0, n_columns), slice(n_columns, n_columns + n_more)):
+            value = None if given is None else given[:, block].clone()
+            triton_fold.fold(ours, block, logits[:, block].clone(), value)
+            plain.fold(block, logits[:, block].clone(), value)
+        torch.testing.assert_close(ours.log_normalizer(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.log_likelihood(), plain.log_likelihood(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.surplus(), plain.surplus(), rtol=1e-4, atol=1e-5)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not made for this platform")
+def test_the_triton_kernel_folds_as_torch_does():
+    """Run by Triton's interpreter, on a CPU."""
+    out = subprocess.run(
+        [sys.executable, "-c", KERNEL], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert out.stdout.strip() == "equal", out.stderr
+
+
+def test_half_precision_hidden_states_meet_a_float32_matrix_almost_exactly(monkeypatch):
+    """Of the 24 bits of the matrix 16 count; a CPU has no product with another dtype, so one is stood in for it."""
+    torch.manual_seed(0)
+    hidden, matrix = torch.randn(50, 64).bfloat16(), torch.randn(30, 64)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    exact = hidden.double() @ matrix.double().T
+    assert relative(core.product(hidden, matrix).double(), exact) < 2e-5
+    assert relative((hidden.float() @ matrix.bfloat16().float().T).double(), exact) > 1e-3, "what plain bf16 costs"
+    assert (
+        relative(core.product(hidden, matrix.bfloat16()).double(), hidden.double() @ matrix.bfloat16().double().T)
+        < 1e-6
+    )
