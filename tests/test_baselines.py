@@ -9,7 +9,7 @@ import torch
 from conftest import build_model, build_rows
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from forvalue_callbacks import TINY_MODEL, baselines
@@ -454,3 +454,50 @@ def test_the_package_does_not_import_the_baselines():
         "sys.exit(any(m.startswith('forvalue_callbacks.baselines') or m.startswith('sklearn') for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- rows with images ----
+
+
+def test_per_sample_gradients_and_embeddings_of_rows_with_an_image_each():
+    """LoRA in the vision tower too, whose last layer Llava does not read."""
+    torch.manual_seed(0)
+    text = {"model_type": "llama", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = LlavaConfig(
+        text_config={**text, "num_hidden_layers": 2, "num_attention_heads": 4},
+        vision_config={**vision, "image_size": 8, "patch_size": 4, "num_attention_heads": 2},
+        image_token_index=66,
+        image_seq_length=4,
+    )
+    model = LlavaForConditionalGeneration(config).double()
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"])).double()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    rows = []
+    for length in (5, 7, 4):
+        ids = [66] * 4 + torch.randint(3, 60, (length,)).tolist()
+        labels = [-100] * 6 + ids[6:]
+        rows.append({"input_ids": ids, "labels": labels, "pixel_values": torch.randn(3, 8, 8, dtype=torch.float64)})
+
+    def by_backward(row):
+        model.zero_grad()
+        pixels = row["pixel_values"][None]
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), pixel_values=pixels).logits
+        labels = torch.tensor(row["labels"])[1:]
+        keep = labels != -100
+        log_p = logits[0, :-1][keep].log_softmax(-1).gather(1, labels[keep][:, None])
+        log_p.sum().backward()
+        return {n.removesuffix(".weight"): p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    got = baselines.gradients(model, rows)
+    assert any("vision" in name for name in got)
+    for i, row in enumerate(rows):
+        want = by_backward(row)
+        for name, value in got.items():
+            torch.testing.assert_close(value[i], want.get(name, torch.zeros_like(value[i])), rtol=1e-8, atol=1e-10)
+    emb = baselines.emb(model, rows, rows)
+    other = [{**rows[0], "pixel_values": -rows[0]["pixel_values"]}, *rows[1:]]
+    assert not torch.isclose(emb[0, 0], baselines.emb(model, other, other)[0, 0]), "the image counts"
+    torch.testing.assert_close(emb[1:, 1:], baselines.emb(model, other, other)[1:, 1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,24 +27,36 @@ class Batch:
         return self.labels[:, 1:] != -100
 
 
-def prepared(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Tokenised rows (input_ids, labels) as `ForValueScorer` reads them.
+@dataclass(frozen=True)
+class ModelRow(Row):
+    """A row with what the model takes beside its tokens, such as `pixel_values`, of one shape for all rows."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def prepared(rows: Iterable[Mapping[str, Any]]) -> list[ModelRow]:
+    """Tokenised rows (input_ids, labels) as `ForValueScorer` reads them, with their `pixel_values` if they have any.
 
     Raises:
         ValueError: a row that cannot be scored.
     """
     prepare = RowPreparer()
-    out = [prepare(row) for row in rows]
-    for i, row in enumerate(out):
+    out = []
+    for i, example in enumerate(rows):
+        row = prepare(example)
         if row.reason is not None:
             raise ValueError(f"row {i} cannot be scored: {row.reason}")
+        pixels = {"pixel_values": torch.as_tensor(example["pixel_values"])} if "pixel_values" in example else {}
+        out.append(ModelRow(row.input_ids, row.labels, inputs=pixels))
     return out
 
 
 def batches(
-    items: Sequence[Row], max_tokens: int | None = None, device: torch.device | None = None
+    items: Sequence[ModelRow], max_tokens: int | None = None, device: torch.device | None = None
 ) -> Iterator[Batch]:
     """Rows sorted by length, the longest first, cut so that no padded batch exceeds `max_tokens` (or one row)."""
     for chosen in cut([len(item.input_ids) for item in items], max_tokens or tokens_per_batch(device)):
-        inputs = {name: values.to(device) for name, values in pad([items[i] for i in chosen]).items()}
+        rows = [items[i] for i in chosen]
+        further = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
+        inputs = {name: values.to(device) for name, values in {**pad(rows), **further}.items()}
         yield Batch(torch.tensor(chosen), inputs, inputs.pop("labels"))

@@ -7,6 +7,7 @@ All raise ValueError for a row that cannot be scored and for a head that `Backbo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 
 from .. import core
 from ..head import Backbone, left_as_found
-from ..rows import Row
-from .batches import Batch, batches, prepared
+from .batches import Batch, ModelRow, batches, prepared
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -46,9 +46,9 @@ def loss(model: nn.Module, rows: Rows) -> Tensor:
 def pmi(model: nn.Module, rows: Rows, *, bos_token_id: int | None = None) -> Tensor:
     """Pointwise mutual information of prompt and answer: mean of `log p(answer | prompt) - log p(answer)`, (N,).
 
-    The answer is the labelled tokens; alone it follows the BOS token (default: that of the model's config). Without
-    one its first token cannot be predicted and counts on neither side; an answer of one token then has the value 0.
-    A row without a prompt, labelled from its second token on, has 0 up to the BOS token.
+    The answer is the labelled tokens; alone, without an image too, it follows the BOS token (default: that of the
+    model's config). Without one its first token cannot be predicted and counts on neither side; an answer of one token
+    then has the value 0. A row without a prompt, labelled from its second token on, has 0 up to the BOS token.
     """
     items = prepared(rows)
     backbone = Backbone(model)
@@ -103,7 +103,7 @@ def _inner(rows_ND: Tensor, validation_MD: Tensor, cosine: bool) -> Tensor:
     return rows_ND @ validation_MD.T
 
 
-def _log_likelihoods(model: nn.Module, items: list[Row]) -> Tensor:
+def _log_likelihoods(model: nn.Module, items: list[ModelRow]) -> Tensor:
     """Sum of log p over the labelled tokens of each row, float64 (N,); 0 without any."""
     backbone = Backbone(model)
     out = torch.zeros(len(items), dtype=torch.float64)
@@ -129,11 +129,11 @@ def _log_p(head: core.Head, hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
     return torch.cat(out) if out else hidden_TD.new_zeros(0)
 
 
-def _counts(items: list[Row]) -> Tensor:
+def _counts(items: list[ModelRow]) -> Tensor:
     return torch.tensor([item.n_labelled for item in items], dtype=torch.float64)
 
 
-def _with_and_without_prompt(items: list[Row], bos_token_id: int | None) -> tuple[list[Row], list[Row]]:
+def _with_and_without_prompt(items: list[ModelRow], bos_token_id: int | None) -> tuple[list[ModelRow], list[ModelRow]]:
     """The rows, and their labelled tokens alone, with the same tokens predicted in both."""
     given, alone = [], []
     for item in items:
@@ -146,6 +146,6 @@ def _with_and_without_prompt(items: list[Row], bos_token_id: int | None) -> tupl
         else:
             labels[answer] = item.labels[answer]
             ids = np.concatenate([[bos_token_id], item.labels[answer]])
-        given.append(Row(item.input_ids, labels))
-        alone.append(Row(ids, np.concatenate([[-100], ids[1:]])))
+        given.append(replace(item, labels=labels))
+        alone.append(ModelRow(ids, np.concatenate([[-100], ids[1:]])))
     return given, alone

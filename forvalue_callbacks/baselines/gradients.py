@@ -33,7 +33,7 @@ def gradients(
 
     Args:
         model: `PeftModel` with LoRA on linear layers, any head that `Backbone` takes; left exactly as found.
-        rows: tokenised rows (`input_ids`, `labels`).
+        rows: tokenised rows (`input_ids`, `labels`), with `pixel_values` for a model that takes an image per row.
         max_tokens_per_batch: padded tokens in one pass; None: 2,048 on a CPU, 16,384 elsewhere.
 
     Returns:
@@ -58,10 +58,15 @@ def gradients(
                 hidden_BLD = backbone.hidden_states({**batch.inputs, "labels": batch.labels})
             names = list(record.outputs)
             deltas = torch.autograd.grad(
-                hidden_BLD, [record.outputs[n] for n in names], _output_gradient(head, hidden_BLD.detach(), batch)
+                hidden_BLD,
+                [record.outputs[n] for n in names],
+                _output_gradient(head, hidden_BLD.detach(), batch),
+                allow_unused=True,  # layers of a vision tower beyond the one whose features are taken
             )
             place = batch.index.to(head.weight.device)
             for name, delta_BLo in zip(names, deltas, strict=True):
+                if delta_BLo is None:
+                    continue
                 out[name][place] = (delta_BLo.mT @ record.inputs[name]).to(dtype)
         record.clear()
     return out

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..head import left_as_found
-from ..rows import Row
-from .batches import Batch, batches, prepared
+from .batches import Batch, ModelRow, batches, prepared
 
 Rows = Iterable[Mapping[str, Any]]
 Direction = Sequence[Tensor]
@@ -143,14 +142,14 @@ def _row_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     return (log_p_BL * batch.predicts).sum(1)
 
 
-def _log_likelihoods(model: nn.Module, items: list[Row]) -> Tensor:
+def _log_likelihoods(model: nn.Module, items: list[ModelRow]) -> Tensor:
     out = torch.zeros(len(items), dtype=torch.float64)
     for batch in batches(items, device=next(model.parameters()).device):
         out[batch.index] = _row_log_likelihoods(model, batch).double().cpu()
     return out
 
 
-def _gradient(model: nn.Module, items: list[Row], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def _gradient(model: nn.Module, items: list[ModelRow], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Gradient of the rows' mean log-likelihood."""
     total = [torch.zeros_like(p) for p in parameters]
     for batch in batches(items, device=next(model.parameters()).device):
@@ -162,7 +161,7 @@ def _gradient(model: nn.Module, items: list[Row], parameters: Sequence[nn.Parame
 
 
 def _hessian_product(
-    model: nn.Module, items: list[Row], parameters: Sequence[nn.Parameter], direction: Direction, step: float
+    model: nn.Module, items: list[ModelRow], parameters: Sequence[nn.Parameter], direction: Direction, step: float
 ) -> list[Tensor]:
     """Hessian of the mean loss times the direction: `(grad(theta - eps D) - grad(theta + eps D)) / (2 eps)`."""
     epsilon = _epsilon(parameters, direction, step)
