@@ -84,7 +84,7 @@ class Result(NamedTuple):
     auc_std: float
     recall: float
     recall_std: float
-    noise_auc: float | None  # clean against mislabelled rows, each by its mean score over the validation rows
+    noise_auc: float | None  # clean against mislabelled rows, by mean scores over validation rows of the label shown
     noise_auc_within: float | None  # the same among rows of one observed label, mean over the labels
     training_s: float
     gradients_s: float
@@ -94,12 +94,14 @@ class Result(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What a method should find: (N, M), whether a training row is what a validation row should value; and, of rows
-    with label noise, which are clean, and which label they show, both (N,)."""
+    """What a method should find: (N, M), whether a training row is what a validation row should value. Where labels
+    are noisy also, (N,), which rows are clean and which label they show, and (M,), the labels of the validation rows.
+    """
 
     relevant_NM: np.ndarray
     clean_N: np.ndarray | None = None
     observed_N: np.ndarray | None = None
+    validation_M: np.ndarray | None = None
 
 
 class Rows(NamedTuple):
@@ -129,8 +131,9 @@ def quality(scores_NM: Tensor, labels: Labels) -> dict[str, float | None]:
     order = np.argsort(-scores, axis=0, kind="stable")
     recalls = [truth[best[: truth.sum()]].mean() for truth, best in zip(relevant.T, order.T, strict=True)]
     noise = within = None
-    if labels.clean_N is not None and labels.observed_N is not None:
-        means, clean = scores.mean(1, keepdims=True), labels.clean_N[:, None]
+    if labels.clean_N is not None and labels.observed_N is not None and labels.validation_M is not None:
+        own = labels.observed_N[:, None] == labels.validation_M
+        means, clean = ((scores * own).sum(1) / own.sum(1))[:, None], labels.clean_N[:, None]
         noise = float(aucs(means, clean)[0])
         groups = [labels.observed_N == label for label in np.unique(labels.observed_N)]
         within = float(np.mean([aucs(means[group], clean[group])[0] for group in groups]))
@@ -355,8 +358,8 @@ def markdown(config: ComparisonConfig, head: str, results: list[Result], notes: 
     ]
     if noisy:
         out[-1] += (
-            " `noise`: AUC of clean against mislabelled rows by their mean score; `within`: the same among rows of "
-            "one observed label."
+            " `noise`: AUC of clean against mislabelled rows by the mean score over validation rows of the label "
+            "that the row shows; `within`: the same among rows that show one label."
         )
     columns = [
         "method", "AUC", "seeds", "recall", *(["noise", "within"] if noisy else []),

@@ -100,13 +100,21 @@ def test_quality_averages_over_validation_rows():
 
 def test_noise_within_a_label_gives_no_credit_for_telling_the_labels_apart():
     """Label 0 is noisier than label 1: a score that knows the label alone beats chance overall, not within it."""
-    observed = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    shown = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     clean = np.array([1, 0, 0, 0, 1, 1, 1, 0], dtype=bool)
-    relevant = (observed == 1)[:, None] & clean[:, None]
-    got = quality(torch.from_numpy(observed)[:, None], relevant, clean_N=clean, observed_N=observed)
+    relevant = (shown == 1)[:, None] & clean[:, None]
+    noise = {"clean_N": clean, "observed_N": shown}
+    got = quality(
+        torch.from_numpy(shown)[:, None].expand(8, 2),
+        np.hstack([relevant] * 2),
+        **noise,
+        validation_M=np.array([0, 1]),
+    )
     assert got["noise_auc"] == 0.75
     assert got["noise_auc_within"] == 0.5
-    got = quality(torch.from_numpy(clean)[:, None], relevant, clean_N=clean, observed_N=observed)
+    # What counts is the score against validation rows of the label that the row shows.
+    own = np.where(shown[:, None] == [0, 1], clean[:, None], ~clean[:, None])
+    got = quality(torch.from_numpy(own), np.hstack([relevant] * 2), **noise, validation_M=np.array([0, 1]))
     assert got["noise_auc"] == got["noise_auc_within"] == 1
 
 

@@ -28,9 +28,9 @@ RECIPES = {
     "reweight_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
 }
 # Run by tests of their own.
-ELSEWHERE = {"pretrain_tiny", "compare_influence"}
+ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm"}
 # Modules that recipes share, not scripts.
-SHARED = {"data", "influence_comparison", "influence_tasks"}
+SHARED = {"data", "influence_comparison", "influence_tasks", "vlm_tasks"}
 
 
 def test_every_recipe_is_known_here():
