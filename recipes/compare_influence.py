@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from influence_comparison import CLOCKS, ComparisonConfig, Labels, Result, Rows, compare, known, write
+from influence_comparison import Labels, Rows, compare
+from influence_report import CLOCKS, ComparisonConfig, Result, known, write
 from influence_tasks import TASKS, task_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser

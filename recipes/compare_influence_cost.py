@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 import transformers
-from influence_comparison import ComparisonConfig, known, train_epochs, with_lora
+from influence_comparison import train_epochs, with_lora
+from influence_report import ComparisonConfig, known
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from trl import TrlParser
 

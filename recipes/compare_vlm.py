@@ -21,7 +21,8 @@ from itertools import product
 
 import numpy as np
 import torch
-from influence_comparison import CLOCKS, ComparisonConfig, Labels, Result, Rows, compare, known, train_epochs, write
+from influence_comparison import Labels, Rows, compare, train_epochs
+from influence_report import CLOCKS, ComparisonConfig, Result, known, write
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import TrlParser

@@ -1,22 +1,16 @@
-"""What the recipes that compare For-Value with influence functions share: methods, LoRA training, metrics, tables."""
+"""What the recipes that compare For-Value with influence functions share: methods, LoRA training, metrics."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import platform
-import resource
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import peft
 import torch
-import transformers
+from influence_report import CLOCKS, ONE_SCORE, ComparisonConfig, Result
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
@@ -34,63 +28,6 @@ LORA_METHODS: dict[str, Callable[..., Tensor]] = {
 }
 SCHULZ = "HyperINF, 30 Schulz steps"
 TRACIN_CP = "TracIn, all checkpoints"
-# One score per row, against the mean direction of the whole validation set: what the callback computes.
-ONE_SCORE = ", score()"
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-@dataclass
-class ComparisonConfig:
-    """The LoRA runs that the baselines need, and how all is measured; rates are those published with DataInf."""
-
-    seeds: int = field(default=1, metadata={"help": "Seeds 0, 1, ...: of the rows, of LoRA and of the training."})
-    epochs: int = field(default=10, metadata={"help": "Epochs of LoRA training."})
-    checkpoints: list[int] = field(
-        default_factory=lambda: [0, 1, 3, 10],
-        metadata={"help": "Epochs after which the LoRA methods are read; 0: before training. The last one always is."},
-    )
-    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of LoRA, falling linearly to 0."})
-    batch_size: int = field(default=64, metadata={"help": "Rows per training step."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
-    lora_targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Modules that LoRA adapts."}
-    )
-    clock: str = field(
-        default="wall", metadata={"help": "Time is 'wall' time, or 'cpu' time (of all threads) on a busy machine."}
-    )
-    output_dir: str = field(default="outputs", metadata={"help": "Where the results go."})
-
-    def __post_init__(self) -> None:
-        known("clock", [self.clock], CLOCKS)
-        self.checkpoints = sorted({c for c in self.checkpoints if c < self.epochs} | {self.epochs})
-
-
-def known(name: str, values: Sequence[str], choices: Any) -> None:
-    """Raises ValueError for a value that is none of the choices."""
-    for value in values:
-        if value not in choices:
-            raise ValueError(f"{name}: {value!r} is none of {list(choices)}.")
-
-
-class Result(NamedTuple):
-    """One line of the CSV: seconds in phases, each for all the rows of both sides."""
-
-    task: str
-    seed: int
-    method: str
-    checkpoint: int | None  # epochs trained; None: no LoRA
-    auc: float
-    auc_std: float
-    recall: float
-    recall_std: float
-    noise_auc: float | None  # clean against mislabelled rows, by mean scores over validation rows of the label shown
-    noise_auc_within: float | None  # the same among rows of one observed label, mean over the labels
-    training_s: float
-    gradients_s: float
-    scoring_s: float
-    evaluation_passes: float
-    training_loss: float | None = None
 
 
 class Labels(NamedTuple):
@@ -289,136 +226,7 @@ def compare(
             over_checkpoints += sum(rates) * baselines.tracin(*sides).cpu()
             rates.clear()
             all_gradients_s += gradients_s
+    kept = sum(g.numel() * g.element_size() for side in sides for g in side.values()) / 2**20
+    notes.append(f"{task}, seed {seed}: the per-sample gradients of one checkpoint take {kept:.0f} MiB")
     add(TRACIN_CP, over_checkpoints, 0.0, config.epochs, training_s, all_gradients_s, loss_now)
     return results, notes
-
-
-def summary(results: list[Result]) -> list[dict[str, Any]]:
-    """One line per task and method (LoRA ones twice: best and last checkpoint), means over the seeds."""
-    lines: list[dict[str, Any]] = []
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.task, result.method), []).append(result)
-    for (task, method), group in groups.items():
-        by_checkpoint: dict[int | None, list[Result]] = {}
-        for result in group:
-            by_checkpoint.setdefault(result.checkpoint, []).append(result)
-        means = {c: float(np.mean([r.auc for r in rs])) for c, rs in by_checkpoint.items()}
-        chosen = {"": None} if None in means else {" (last)": max(means)}
-        if len(means) > 1:
-            best = max(means, key=means.__getitem__)
-            chosen = {f" (best, {best} epochs)": best, " (last)": max(means)}
-        for suffix, checkpoint in chosen.items():
-            rows = by_checkpoint[checkpoint]
-            line: dict[str, Any] = {"task": task, "method": method + suffix, "low": min(means.values())}
-            line["high"] = max(means.values())
-            line["span"] = f"{line['low']:.3f} - {line['high']:.3f}" if len(means) > 1 else ""
-            for name in ("auc", "auc_std", "recall", "recall_std", "noise_auc", "noise_auc_within"):
-                values = [getattr(r, name) for r in rows]
-                line[name] = None if None in values else float(np.mean(values))
-            line["auc_seeds"] = float(np.std([r.auc for r in rows]))
-            for name in ("training_s", "gradients_s", "scoring_s", "evaluation_passes"):
-                line[name] = float(np.median([getattr(r, name) for r in rows]))
-            lines.append(line)
-    return lines
-
-
-def ratios(lines: list[dict[str, Any]]) -> list[str]:
-    """How many times dearer DataInf at its last checkpoint, training included, is than each way to run For-Value."""
-    seconds = {
-        (line["task"], line["method"]): line["training_s"] + line["gradients_s"] + line["scoring_s"] for line in lines
-    }
-    return [
-        f"{task}: DataInf (last, training included) takes {seconds[task, 'DataInf (last)'] / value:.1f} times as long "
-        f"as {method} ({value:.1f} s)"
-        for (task, method), value in seconds.items()
-        if method.startswith("For-Value") and (task, "DataInf (last)") in seconds
-    ]
-
-
-def markdown(config: ComparisonConfig, head: str, results: list[Result], notes: list[str], seconds: float) -> str:
-    """The report: `head` says what the rows and the model are."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    lines = summary(results)
-    noisy = any(line["noise_auc"] is not None for line in lines)
-    out = [
-        head,
-        "",
-        f"Seeds 0 to {config.seeds - 1}. LoRA r={config.lora_r}, alpha={config.lora_alpha} on "
-        f"{', '.join(config.lora_targets)}, learning rate {config.learning_rate:g}, {config.epochs} epochs, batches "
-        f"of {config.batch_size}. Whole run: {seconds:.0f} s, peak memory {peak:.0f} MiB. torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, peft {peft.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads; all times are {config.clock} time.",
-        "",
-        "AUC and recall: mean ± standard deviation over validation rows; `seeds` is the standard deviation of the "
-        "mean AUC over seeds. `checkpoints` is the range of the AUC over the checkpoints, the untrained one included. "
-        "Seconds are medians over seeds, for all pairs; `passes` is their sum in evaluation passes over all rows. "
-        "Methods with one score per row (`score()`, loss, IFD, ...) cannot tell classes apart: 0.5 by construction "
-        "where classes are equally large, listed for their cost.",
-    ]
-    if noisy:
-        out[-1] += (
-            " `noise`: AUC of clean against mislabelled rows by the mean score over validation rows of the label "
-            "that the row shows; `within`: the same among rows that show one label."
-        )
-    columns = [
-        "method", "AUC", "seeds", "recall", *(["noise", "within"] if noisy else []),
-        "checkpoints", "training s", "gradients s", "scoring s", "passes",
-    ]  # fmt: skip
-    for task in dict.fromkeys(line["task"] for line in lines):
-        out += ["", f"## {task}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        for line in lines:
-            if line["task"] == task:
-                noise = [
-                    "" if line[name] is None else f"{line[name]:.3f}" for name in ("noise_auc", "noise_auc_within")
-                ]
-                cells = [
-                    line["method"],
-                    "{auc:.3f} ± {auc_std:.3f}".format(**line),
-                    f"{line['auc_seeds']:.3f}",
-                    "{recall:.3f} ± {recall_std:.3f}".format(**line),
-                    *(noise if noisy else []),
-                    line["span"],
-                    *(f"{line[name]:.2f}" for name in ("training_s", "gradients_s", "scoring_s")),
-                    f"{line['evaluation_passes']:.1f}",
-                ]
-                out.append(f"| {' | '.join(cells)} |")
-    out += ["", "## Cost", "", *(f"- {text}" for text in ratios(lines))]
-    out += ["", "## Notes", "", *(f"- {note}" for note in notes), ""]
-    return "\n".join(out)
-
-
-def picture(results: list[Result], path: Path) -> None:
-    """AUC of every method, a panel per task; a line spans the checkpoints of a LoRA method."""
-    from matplotlib.figure import Figure  # here, so that machines without it can measure costs
-
-    lines = [line for line in summary(results) if "(best" not in line["method"] and ONE_SCORE not in line["method"]]
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
-    figure = Figure(figsize=(5 * len(tasks), 5), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        shown = [line for line in lines if line["task"] == task][::-1]
-        for y, line in enumerate(shown):
-            color = "tab:orange" if line["method"].startswith("For-Value") else "tab:blue"
-            axes.plot([line["low"], line["high"]], [y, y], color=color, alpha=0.4)
-            axes.plot(line["auc"], y, "o", color=color)
-        axes.set_yticks(range(len(shown)), [line["method"] for line in shown], fontsize=8)
-        axes.set_title(task)
-        axes.set_xlabel("AUC (dot: last checkpoint, line: range)")
-        axes.axvline(0.5, color="grey", linewidth=0.5)
-    figure.savefig(path, dpi=70)
-
-
-def write(
-    config: ComparisonConfig, head: str, results: list[Result], notes: list[str], seconds: float, name: str
-) -> str:
-    """`name`.csv (one line per method, checkpoint and seed), .md and .png in the output folder; returns the report."""
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{name}.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Result._fields)
-        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in result] for result in results)
-    text = markdown(config, head, results, notes, seconds)
-    (folder / f"{name}.md").write_text(text)
-    picture(results, folder / f"{name}.png")
-    return text

@@ -30,7 +30,7 @@ RECIPES = {
 # Run by tests of their own.
 ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm"}
 # Modules that recipes share, not scripts.
-SHARED = {"data", "influence_comparison", "influence_tasks", "vlm_tasks"}
+SHARED = {"data", "influence_comparison", "influence_report", "influence_tasks", "vlm_tasks"}
 
 
 def test_every_recipe_is_known_here():
