@@ -79,7 +79,7 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _factor(head: Head, hidden_TD: Tensor, dtype: torch.dtype) -> Tensor:
+def factor(head: Head, hidden_TD: Tensor, dtype: torch.dtype) -> Tensor:
     """Hidden states as the products take them: in half precision where CUDA multiplies them with a head of the same.
 
     Such a product is exact but for its sums, which are float32: nothing is lost by not converting the factors first.
@@ -182,7 +182,7 @@ def _pick(out_T: Tensor, value_TC: Tensor, labels_T: Tensor, block: slice) -> Te
 def log_normalizer(head: Head, hidden_TD: Tensor, vocab_block: int | None = None) -> Tensor:
     """`torch.logsumexp(head.logits(hidden), -1)`, (T,)."""
     dtype = working_dtype(head.weight, hidden_TD)
-    hidden_TD = _factor(head, hidden_TD, dtype)
+    hidden_TD = factor(head, hidden_TD, dtype)
     fold = _OnlineSoftmax(hidden_TD, dtype)
     for block in _blocks(head.vocab_size, _sizes(hidden_TD, None, vocab_block)[1]):
         fold.fold(block, head.logits(hidden_TD, block))
@@ -243,7 +243,7 @@ def log_likelihood_tokens(
     token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     log_p = []
     for tile in _blocks(len(hidden_TD), token_tile):
-        hidden = _factor(head, hidden_TD[tile], dtype)
+        hidden = factor(head, hidden_TD[tile], dtype)
         fold = _OnlineSoftmax(hidden, dtype, labels_T[tile])
         for block in _blocks(head.vocab_size, vocab_block):
             fold.fold(block, head.logits(hidden, block))
@@ -277,7 +277,7 @@ def score_tokens(
     token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     scores, log_p = [], []
     for tile in _blocks(len(hidden_TD), token_tile):
-        hidden = _factor(head, hidden_TD[tile], dtype)
+        hidden = factor(head, hidden_TD[tile], dtype)
         fold = _OnlineSoftmax(hidden, dtype, labels_T[tile])
         for block in _blocks(head.vocab_size, vocab_block):
             logits = head.logits(hidden, block)
@@ -312,7 +312,7 @@ def gain_tokens(
     token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     gains, log_p = [], []
     for tile in _blocks(len(hidden_TD), token_tile):
-        hidden = _factor(head, hidden_TD[tile], dtype)
+        hidden = factor(head, hidden_TD[tile], dtype)
         before, after = (_OnlineSoftmax(hidden, dtype, labels_T[tile]) for _ in range(2))
         for block in _blocks(head.vocab_size, vocab_block):
             linear = head.linear(hidden, block)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, baselines
 from forvalue_callbacks.baselines.batches import batches, prepared
+from forvalue_callbacks.core import Head
 from forvalue_callbacks.head import Backbone
 
 LORA_METHODS: dict[str, Callable[..., Tensor]] = {
@@ -108,6 +109,12 @@ def with_lora(model: nn.Module, config: ComparisonConfig, seed: int) -> nn.Modul
     return peft.get_peft_model(model, lora, autocast_adapter_dtype=False).eval()
 
 
+def logits(head: Head, hidden_TD: Tensor) -> Tensor:
+    """`head.logits`, which works in place, as a differentiable function, in the model's own precision."""
+    linear_TV = nn.functional.linear(hidden_TD, head.weight, head.bias) * head.scale
+    return linear_TV if head.softcap is None else head.softcap * (linear_TV / head.softcap).tanh()
+
+
 def train_epochs(
     model: nn.Module, rows: list[dict[str, Any]], config: ComparisonConfig, seed: int
 ) -> Iterator[tuple[float, float]]:
@@ -134,7 +141,7 @@ def train_epochs(
             for batch in batches(step, device=backbone.device):
                 hidden_TD = backbone.hidden_states({**batch.inputs, "labels": batch.labels})[:, :-1][batch.predicts]
                 labels_T = batch.labels[:, 1:][batch.predicts]
-                loss = nn.functional.cross_entropy(head.logits(hidden_TD).float(), labels_T, reduction="sum")
+                loss = nn.functional.cross_entropy(logits(head, hidden_TD).float(), labels_T, reduction="sum")
                 (loss / n_labelled).backward()
                 step_loss += loss.detach() / n_labelled
             rates.append(optimizer.param_groups[0]["lr"])

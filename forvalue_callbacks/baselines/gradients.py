@@ -75,14 +75,15 @@ def gradients(
 def _output_gradient(head: core.Head, hidden_BLD: Tensor, batch: Batch) -> Tensor:
     """Gradient of the summed log-likelihood of all rows in the last hidden states, (B, L, D): `W^T e_t`."""
     predicts = batch.predicts
-    hidden_TD = hidden_BLD[:, :-1][predicts].to(core.working_dtype(head.weight, hidden_BLD))
+    dtype = core.working_dtype(head.weight, hidden_BLD)
+    hidden_TD = core.factor(head, hidden_BLD[:, :-1][predicts], dtype)
     labels_T = batch.labels[:, 1:][predicts]
     log_norm_T = core.log_normalizer(head, hidden_TD)
-    grad_TD = torch.zeros_like(hidden_TD)
+    grad_TD = torch.zeros(hidden_TD.shape, dtype=dtype, device=hidden_TD.device)
     for lo in range(0, head.vocab_size, core.VOCAB_BLOCK):
         block = slice(lo, min(lo + core.VOCAB_BLOCK, head.vocab_size))
         weight_CD = head.weight[block].to(hidden_TD.dtype)
-        grad_TD.addmm_(core.errors(head, hidden_TD, labels_T, log_norm_T, block), weight_CD)
+        grad_TD += core.errors(head, hidden_TD, labels_T, log_norm_T, block).to(weight_CD) @ weight_CD
     out_BLD = torch.zeros_like(hidden_BLD)
     out_BLD[:, :-1][predicts] = grad_TD.to(out_BLD.dtype)
     return out_BLD
