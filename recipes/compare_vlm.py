@@ -8,6 +8,7 @@ every method scores the rows of the tasks, as `compare_influence.py` does for te
 
     subject           30 subjects, three training images each; captions name the kind of thing, not its colour
     style             cartoons, pixel art and sketches; captions do not say which
+    style_named       the same pictures with captions that do
     animals_30        cats and dogs, 30 % of the training answers wrong; relevant is a clean row of the same answer
     animals_50        the same, half of the answers wrong
 
@@ -33,6 +34,7 @@ from forvalue_callbacks import baselines
 TASKS = {
     "subject": lambda seed, config: subject_rows(seed),
     "style": lambda seed, config: style_rows(seed, config.style_rows, config.style_rows // 4),
+    "style_named": lambda seed, config: style_rows(seed, config.style_rows, config.style_rows // 4, named=True),
     "animals_30": lambda seed, config: animal_rows(seed, 0.3, config.animal_rows, config.animal_rows // 4),
     "animals_50": lambda seed, config: animal_rows(seed, 0.5, config.animal_rows, config.animal_rows // 4),
 }

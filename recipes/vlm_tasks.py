@@ -147,14 +147,17 @@ def subject_rows(seed: int) -> tuple[list[Example], list[Example]]:
     return sides
 
 
-def style_rows(seed: int, train: int = 200, validation: int = 50) -> tuple[list[Example], list[Example]]:
-    """Three styles that no caption names."""
+def style_rows(
+    seed: int, train: int = 200, validation: int = 50, named: bool = False
+) -> tuple[list[Example], list[Example]]:
+    """Three styles. No caption says which, or, if `named`, all do: those of the paper's three data sets differ too."""
     rng = random.Random(f"style {seed}")
     sides: tuple[list[Example], list[Example]] = ([], [])
     for style in STYLES:
         for i in range(train + validation):
             image, shape, colour, place = _shape(rng, style)
-            sides[i >= train].append(_example(image, WHAT, f"A {colour} {shape} at the {place}", style))
+            caption = f"A {colour} {shape} at the {place}" + (f", made of {STYLES[style]}" if named else "")
+            sides[i >= train].append(_example(image, WHAT, caption, style))
     return sides
 
 

@@ -21,12 +21,15 @@ def test_subjects_are_thirty_and_captions_name_their_kind_alone():
         assert colour not in row["completion"]
 
 
-def test_no_caption_names_a_style():
+def test_captions_name_the_style_only_where_they_should():
     train, validation = tasks.style_rows(0, 6, 2)
     assert [sum(row["label"] == style for row in train) for style in tasks.STYLES] == [6, 6, 6]
     assert [sum(row["label"] == style for row in validation) for style in tasks.STYLES] == [2, 2, 2]
     words = {word for row in train for word in row["completion"].split()}
     assert not words & {word for style in tasks.STYLES.items() for word in style}
+    named, _ = tasks.style_rows(0, 6, 2, named=True)
+    assert all(tasks.STYLES[row["label"]] in row["completion"] for row in named)
+    assert [row["image"].tobytes() for row in named] == [row["image"].tobytes() for row in train]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 0.5])
