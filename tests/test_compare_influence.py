@@ -10,9 +10,13 @@ import pytest
 import torch
 import yaml
 from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
-from forvalue_callbacks import ForValueConfig
+from forvalue_callbacks import TINY_MODEL, ForValueConfig
+from forvalue_callbacks.batching import pad
+from forvalue_callbacks.core import Head
+from forvalue_callbacks.rows import Row
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -116,6 +120,41 @@ def test_noise_within_a_label_gives_no_credit_for_telling_the_labels_apart():
     own = np.where(shown[:, None] == [0, 1], clean[:, None], ~clean[:, None])
     got = quality(torch.from_numpy(own), np.hstack([relevant] * 2), **noise, validation_M=np.array([0, 1]))
     assert got["noise_auc"] == got["noise_auc_within"] == 1
+
+
+def test_lora_training_takes_the_steps_of_the_models_own_loss():
+    """Cut into batches by length, the head on labelled positions: the losses of three epochs of one step each."""
+    config = comparison.ComparisonConfig(epochs=3, batch_size=5, learning_rate=1e-2)
+    rows = []
+    for n in (9, 14, 5, 11, 7):
+        ids = torch.randint(3, 2000, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * 3 + ids[3:]})
+
+    def model():
+        return comparison.with_lora(AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float64), config, 0)
+
+    got = [loss for loss, _ in comparison.train_epochs(model(), rows, config, 0)]
+    naive, want = model(), []
+    batch = pad([Row(np.array(row["input_ids"]), np.array(row["labels"])) for row in rows])
+    optimizer = torch.optim.AdamW([p for p in naive.parameters() if p.requires_grad], weight_decay=0.0)
+    for rate in (1e-2, 1e-2 * 7 / 9, 1e-2 * 5 / 9):  # from 1 to 1/3 in three steps
+        optimizer.param_groups[0]["lr"] = rate
+        loss = naive(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        want.append(loss.item())
+    assert got == pytest.approx(want, rel=1e-6)
+    assert want[2] < want[0]
+
+
+@pytest.mark.parametrize("head", [{}, {"scale": 0.5}, {"softcap": 3.0}])
+def test_differentiable_logits_are_those_of_the_head(head):
+    weight, hidden = torch.randn(7, 4), torch.randn(5, 4, requires_grad=True)
+    described = Head(weight, torch.randn(7), **head)
+    logits = comparison.logits(described, hidden)
+    torch.testing.assert_close(logits, described.logits(hidden.detach().clone()))
+    logits.sum().backward()
 
 
 def test_every_direction_of_the_config_is_compared():
