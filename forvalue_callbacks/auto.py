@@ -32,9 +32,12 @@ REPEATED = 0.5
 
 
 def share_repeated(items: Sequence[Item]) -> float:
-    """Share of rows whose labelled tokens are those of another row too."""
-    answers = Counter(_answer(item.row.labels[1:]) for item in items if item.row is not None)
-    return sum(count for count in answers.values() if count > 1) / len(items)
+    """Share of rows whose labelled tokens are those of another row too; of rows of token ids."""
+    return _share([_answer(item.row.labels[1:]) for item in items if item.row is not None])
+
+
+def _share(answers: Sequence[bytes]) -> float:
+    return sum(count for count in Counter(answers).values() if count > 1) / max(1, len(answers))
 
 
 def score_labels(
@@ -42,38 +45,44 @@ def score_labels(
 ) -> tuple[ForValueScores, str]:
     """Log odds that the observed answers are right, and the data's hash.
 
-    Raises:
-        ValueError: answers that do not repeat, or that are all the same.
-    """
-    repeated = share_repeated(items)
-    if repeated < REPEATED:
-        raise ValueError(
-            f"direction='labels' is for answers that repeat, and {repeated:.0%} of the {len(items)} validation rows "
-            "share theirs with another: use direction='auto'."
-        )
+    Under several ranks each reads its share of the rows and fits for itself on the features of all.
 
-    def read(batch: Labelled) -> list[tuple[torch.Tensor, bytes, float, int]]:
+    Raises:
+        ValueError: answers that do not repeat, or that are all the same; no row on one of the sides.
+    """
+
+    def read(batch: Labelled) -> list[tuple[torch.Tensor, bytes, float, int, str | None]]:
         log_p = batch.sum(core.log_likelihood_tokens(head, batch.hidden_TD, batch.labels_T))
         features = torch.cat([batch.first_RD, batch.prompt_RD], 1).float().cpu()
-        answers = batch.labels_T.cpu().split(batch.lengths)
-        return [
-            (x, _answer(answer.numpy()), float(p), n)
-            for x, answer, p, n in zip(features, answers, log_p, batch.lengths, strict=True)
-        ]
+        answers = [_answer(answer.numpy()) for answer in batch.labels_T.cpu().split(batch.lengths)]
+        finite = torch.isfinite(features).all(1).numpy() & np.isfinite(log_p)
+        why = [None if ok else f"non-finite score: {OVERFLOW}" for ok in finite]
+        for i, item in enumerate(batch.items):
+            if item.row is not None and item.row.labels[0] != IGNORED:
+                why[i] = "no prompt: direction='labels' judges an answer by its prompt"
+        return list(zip(features, answers, log_p.tolist(), batch.lengths, why, strict=True))
 
-    held_out, _, _ = batcher.map([item.row for item in items if item.row is not None], read, "validation rows")
-    train, reasons, data_hash = batcher.map(dataset, read, "scoring")
-    for i, (x, _, log_p, _) in train.items():
-        if not (torch.isfinite(x).all() and np.isfinite(log_p)):
-            reasons[i] = f"non-finite score: {OVERFLOW}"
-    index = [i for i in sorted(train) if reasons[i] is None]
-    known = [held_out[i] for i in sorted(held_out)]
-    rows = [train[i] for i in index]
-    if not rows:
-        raise ValueError(f"none of {len(reasons)} rows can be scored: {reasons[0] if reasons else 'none given'}.")
-    numbers = {answer: k for k, answer in enumerate(sorted({answer for _, answer, _, _ in (*known, *rows)}))}
-    features = [torch.stack([x for x, _, _, _ in side]) for side in (known, rows)]
-    answers = [np.array([numbers[answer] for _, answer, _, _ in side]) for side in (known, rows)]
+    def readable(rows: Iterable[Any], side: str) -> tuple[dict[int, Any], list[str | None], str]:
+        found, reasons, rows_hash = batcher.map(rows, read, side)
+        for i, (*_, reason) in found.items():
+            reasons[i] = reason
+        kept = {i: found[i] for i in sorted(found) if reasons[i] is None}
+        if not kept:
+            raise ValueError(f"{side}: none of {len(reasons)} can be scored ({reasons[0] if reasons else 'no rows'}).")
+        return kept, reasons, rows_hash
+
+    held_out = [item.example if item.row is None else item.row for item in items]
+    known = list(readable(held_out, "validation rows")[0].values())
+    if (repeated := _share([answer for _, answer, *_ in known])) < REPEATED:
+        raise ValueError(
+            f"direction='labels' is for answers that repeat, and {repeated:.0%} of the {len(known)} validation rows "
+            "share theirs with another: use direction='auto'."
+        )
+    train, reasons, data_hash = readable(dataset, "rows to score")
+    index, rows = list(train), list(train.values())
+    numbers = {answer: k for k, answer in enumerate(sorted({answer for _, answer, *_ in (*known, *rows)}))}
+    features = [torch.stack([x for x, *_ in side]) for side in (known, rows)]
+    answers = [np.array([numbers[answer] for _, answer, *_ in side]) for side in (known, rows)]
     fit = fit_labels(features[0], answers[0], features[1], answers[1])
     report = [
         f"evidence    on your {len(known)} validation rows a wrong answer put in on purpose is told from the right "
@@ -92,8 +101,8 @@ def score_labels(
     }
     n = len(reasons)
     values, log_likelihood, n_labelled = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
-    values[index], log_likelihood[index] = fit.log_odds, [log_p for _, _, log_p, _ in rows]
-    n_labelled[index] = [length for _, _, _, length in rows]
+    values[index], log_likelihood[index] = fit.log_odds, [row[2] for row in rows]
+    n_labelled[index] = [row[3] for row in rows]
     return ForValueScores(values, reasons, log_likelihood, n_labelled, {"noise": noise}), data_hash
 
 

@@ -10,6 +10,9 @@ evidence than the held-out ones but some of their answers are wrong; expectation
 
 The rows are in folds: the p that judges a row was fitted without its fold, so no row vouches for itself. The score is
 the log of the odds that the observed answer is right. Imports torch and numpy.
+
+An answer that no held-out row has is learned from the training rows that show it, if there are two or more. Answers
+that come once in all are one answer, "another", that nothing speaks for: they get low odds.
 """
 
 from __future__ import annotations
@@ -56,28 +59,32 @@ def fit_labels(
     """Fit the label model.
 
     Args:
-        held_out_MF, train_NF: features.
-        held_out_M, observed_N: the answers, 0 to K - 1; K is one more than the largest.
-        seed: of the folds.
+        held_out_MF, train_NF: features, on any device; the fit is in float32 there.
+        held_out_M, observed_N: the answers, as any integers.
+        seed: of the folds and of the wrong answers.
 
     Raises:
-        ValueError: fewer than two different answers.
+        ValueError: fewer than two different answers, features that are not finite.
     """
-    n_held_out, n_answers = len(held_out_M), int(max(held_out_M.max(), observed_N.max())) + 1
+    x = torch.cat([held_out_MF, train_NF]).float()
+    if not torch.isfinite(x).all():
+        raise ValueError("features of the label model are not finite.")
+    held_out_M, observed_N, n_answers, another = _numbered(held_out_M, observed_N)
     if n_answers < 2:
         raise ValueError("all answers are the same: there is no wrong one to be found.")
-    z = _half_whitened(torch.cat([held_out_MF, train_NF]).double())
+    device, n_held_out = x.device, len(held_out_M)
+    z = _half_whitened(x, seed)
     known, train = z[:n_held_out], z[n_held_out:]
     rng = np.random.default_rng(seed)
     fold = rng.permutation(n_held_out) % FOLDS
     train_fold = rng.permutation(len(observed_N)) % FOLDS
-    onehot = torch.eye(n_answers, dtype=z.dtype)[torch.from_numpy(held_out_M)]
-    others = [torch.from_numpy(fold != k) for k in range(FOLDS)]
-    train_others = [torch.from_numpy(train_fold != k) for k in range(FOLDS)]
-    observed = torch.from_numpy(observed_N)
+    others = [torch.from_numpy(fold != k).to(device) for k in range(FOLDS)]
+    train_others = [torch.from_numpy(train_fold != k).to(device) for k in range(FOLDS)]
+    observed = torch.from_numpy(observed_N).to(device)
+    eye = torch.eye(n_answers, dtype=z.dtype, device=device)
+    onehot, unknown_onehot = eye[torch.from_numpy(held_out_M).to(device)], eye[observed]
     # Of an answer that no held-out row has, the training rows that show it are all there is to start from.
-    unknown = torch.from_numpy(~np.isin(observed_N, held_out_M))
-    unknown_onehot = torch.eye(n_answers, dtype=z.dtype)[observed]
+    unknown = torch.from_numpy(~np.isin(observed_N, held_out_M) & (observed_N != another)).to(device)
 
     def held_out_logits(models: list[Tensor]) -> Tensor:
         out = torch.zeros_like(onehot)
@@ -100,20 +107,20 @@ def fit_labels(
         candidates.append((*_tempered(held_out_logits(models), onehot), models))
     alone, temperature, fitted = max(candidates, key=lambda candidate: candidate[0])
 
-    truth = torch.zeros(len(train), n_answers, dtype=z.dtype)  # q
-    flips = torch.zeros(n_answers, n_answers, dtype=z.dtype)  # T
+    truth = torch.zeros(len(train), n_answers, dtype=torch.float64, device=device)  # q
+    flips = torch.zeros(n_answers, n_answers, dtype=torch.float64, device=device)  # T
     log_p = torch.zeros_like(truth)
     likelihood = alone
     for round_ in range(EM_ROUNDS + 1):
         for model, kept in zip(fitted, train_others, strict=True):
-            log_p[~kept] = (logits(model, train[~kept]) * temperature).log_softmax(1)
-        truth, flips = _expectation(log_p, observed_N)
+            log_p[~kept] = (logits(model, train[~kept]).double() * temperature).log_softmax(1)
+        truth, flips = _expectation(log_p, observed)
         if round_ == EM_ROUNDS:
             break
         fitted = [
             fit_softmax(
                 torch.cat([known[kept], train[train_kept]]),
-                torch.cat([onehot[kept], truth[train_kept]]),
+                torch.cat([onehot[kept], truth[train_kept].to(z.dtype)]),
                 EM_RIDGE,
                 start_FK=model,
                 iterations=EM_ITERATIONS,
@@ -121,24 +128,36 @@ def fit_labels(
             for model, kept, train_kept in zip(fitted, others, train_others, strict=True)
         ]
         likelihood, temperature = _tempered(held_out_logits(fitted), onehot)
-    rows = torch.arange(len(train))
+    rows = torch.arange(len(train), device=device)
     joint = log_p + flips.clamp(min=1e-12).log().T[observed]
     right = joint[rows, observed]
     joint[rows, observed] = -torch.inf
     return LabelFit(
-        (right - joint.logsumexp(1)).numpy(),
+        (right - joint.logsumexp(1)).cpu().numpy(),
         float(1 - truth[rows, observed].mean()),
-        _flipped_auc((held_out_logits(fitted) * temperature).log_softmax(1), onehot, rng),
+        _flipped_auc((held_out_logits(fitted).double() * temperature).log_softmax(1), held_out_M, rng),
         (alone, likelihood),
     )
 
 
-def _expectation(log_p: Tensor, observed_N: np.ndarray, iterations: int = 4) -> tuple[Tensor, Tensor]:
+def _numbered(held_out_M: np.ndarray, observed_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Answers as 0 to K - 1, those of held-out rows first; K; and the one for all that come once (K if none does)."""
+    answers, counts = np.unique(observed_N, return_counts=True)
+    rest = np.setdiff1d(answers[counts > 1], held_out_M)
+    names = [*np.unique(held_out_M).tolist(), *rest.tolist()]
+    number = {name: k for k, name in enumerate(names)}
+    another = len(names)
+    observed = np.array([number.get(name, another) for name in observed_N.tolist()], dtype=np.int64)
+    n_answers = another + int((observed == another).any())
+    return np.array([number[name] for name in held_out_M.tolist()], dtype=np.int64), observed, n_answers, another
+
+
+def _expectation(log_p: Tensor, observed: Tensor, iterations: int = 4) -> tuple[Tensor, Tensor]:
     """q (N, K) and T (K, K), alternating."""
     n_answers = log_p.shape[1]
-    p, observed = log_p.exp(), torch.from_numpy(observed_N)
-    seen = torch.eye(n_answers, dtype=p.dtype)[observed]
-    eye = torch.eye(n_answers, dtype=p.dtype)
+    p = log_p.exp()
+    eye = torch.eye(n_answers, dtype=p.dtype, device=p.device)
+    seen = eye[observed]
     pseudo_rows = max(5.0, len(p) / n_answers / 4)
     flips = 0.8 * eye + 0.2 * (1 - eye) / (n_answers - 1)
     truth = p
@@ -159,19 +178,23 @@ def _tempered(logits_MK: Tensor, onehot_MK: Tensor) -> tuple[float, float]:
     return likelihoods[best], best
 
 
-def _flipped_auc(log_p_MK: Tensor, onehot_MK: Tensor, rng: np.random.Generator) -> float:
+def _flipped_auc(log_p_MK: Tensor, held_out_M: np.ndarray, rng: np.random.Generator) -> float:
     """AUC of the log odds of the held-out rows' own answers against those of an answer that is wrong on purpose."""
-    log_odds = (log_p_MK - torch.log1p(-log_p_MK.exp().clamp(max=1 - 1e-12))).numpy()
-    own = onehot_MK.argmax(1).numpy()
-    wrong = (own + rng.integers(1, log_odds.shape[1], len(own))) % log_odds.shape[1]
-    rows = np.arange(len(own))
-    return auc(log_odds[rows, own], log_odds[rows, wrong])
+    log_odds = (log_p_MK - torch.log1p(-log_p_MK.exp().clamp(max=1 - 1e-12))).cpu().numpy()
+    n_known = int(held_out_M.max()) + 1
+    n = n_known if n_known > 1 else log_odds.shape[1]
+    wrong = (held_out_M + rng.integers(1, n, len(held_out_M))) % n
+    rows = np.arange(len(held_out_M))
+    return auc(log_odds[rows, held_out_M], log_odds[rows, wrong])
 
 
-def _half_whitened(x_NF: Tensor) -> Tensor:
+def _half_whitened(x_NF: Tensor, seed: int) -> Tensor:
     """Standardised features times (C + ridge)^(-1/4), C their correlations: half way to decorrelated ones."""
     z = (x_NF - x_NF.mean(0)) / x_NF.std(0).clamp(min=1e-9)
     if z.shape[1] > MAX_FEATURES:
-        z = z @ torch.linalg.svd(z, full_matrices=False).Vh[:MAX_FEATURES].T
-    values, vectors = torch.linalg.eigh(z.T @ z / len(z))
-    return z @ (vectors * (values.clamp(min=0) + WHITENING_RIDGE) ** -0.25)
+        with torch.random.fork_rng():  # the sketch draws from the global generator, which stays as found
+            torch.manual_seed(seed)
+            z = z @ torch.svd_lowrank(z, q=min(MAX_FEATURES, len(z)))[2]
+    values, vectors = torch.linalg.eigh((z.T @ z).double() / len(z))
+    root = vectors * (values.clamp(min=0) + WHITENING_RIDGE) ** -0.25
+    return z @ root.to(z.dtype)
