@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import build_model
 from datasets import Dataset
+from test_scorer import llava
 from transformers import Trainer, TrainingArguments
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, prefilter
@@ -32,9 +33,9 @@ def rows_of(n, seed, noise=0.0):
     return rows, wrong
 
 
-def clusters(n, seed, noise=0.0, k=4, d=6):
+def clusters(n, seed, noise=0.0, k=4, d=6, apart=2.0):
     generator = torch.Generator().manual_seed(seed)
-    centers = 2 * torch.randn(k, d, generator=torch.Generator().manual_seed(99))
+    centers = apart * torch.randn(k, d, generator=torch.Generator().manual_seed(99))
     true = torch.randint(k, (n,), generator=generator)
     wrong = torch.rand(n, generator=generator) < noise
     observed = torch.where(wrong, (true + torch.randint(1, k, (n,), generator=generator)) % k, true)
@@ -52,15 +53,15 @@ def test_names_of_answers_do_not_matter():
 
 
 def test_answers_that_come_once_get_low_odds_and_leave_the_others_alone():
-    (known, answers, _), (x, observed, _) = clusters(60, 0), clusters(400, 1)
-    odd = np.arange(0, 400, 20)
+    (known, answers, _), (x, observed, _) = clusters(60, 0, apart=1.0), clusters(400, 1, apart=1.0)
+    odd = np.arange(0, 400, 8)
     changed = observed.copy()
     changed[odd] = 100 + np.arange(len(odd))
     fit = fit_labels(known, answers, x, changed)
     others = np.setdiff1d(np.arange(400), odd)
     assert (fit.log_odds[odd] < 0).all()
-    assert (fit.log_odds[others] > 0).mean() > 0.95
-    assert abs(fit.noise_share - len(odd) / 400) < 0.03
+    assert (fit.log_odds[others] > 0).mean() > 0.9
+    assert abs(fit.noise_share - len(odd) / 400) < 0.1
 
 
 @pytest.mark.parametrize("case", ["one known answer", "one row of a class", "three held-out rows", "one row to score"])
@@ -122,6 +123,15 @@ def test_rows_without_a_prompt_have_a_reason_and_the_others_their_scores():
     text = [{"input_ids": row["input_ids"]} for row in train]
     with pytest.raises(ValueError, match=r"validation rows: none of 100 can be scored \(no prompt"):
         ForValueScorer(model, text, CONFIG, progress=False).score(train)
+
+
+def test_rows_that_a_collator_makes_batches_of_are_judged_too():
+    model, rows, collate = llava()
+    rows = [{**row, "text": [3, 4, 5, 6, 7, 8 + i % 2]} for i, row in enumerate(rows)]
+    scores = ForValueScorer(model, rows[:6], CONFIG, data_collator=collate, progress=False).score(rows[6:])
+    assert np.isfinite(scores.values).all()
+    assert len(scores) == 4
+    assert scores.metadata["noise"]["answers"] == 2
 
 
 def test_the_share_of_answers_that_repeat_is_named():
