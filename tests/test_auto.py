@@ -1,0 +1,365 @@
+"""direction="auto" and "labels": corrupted copies, the classifier and its shares, the label model, every way in."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model, build_rows
+
+from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform
+from forvalue_callbacks.batching import Batcher
+from forvalue_callbacks.calibration import fit_classifier, log_odds, shares
+from forvalue_callbacks.corruption import KINDS, answer_span, corrupted, word_starts
+from forvalue_callbacks.evidence import FOLDS, Match
+from forvalue_callbacks.labels import _expectation, fit_labels
+from forvalue_callbacks.rows import Row, RowPreparer
+from forvalue_callbacks.scores import auc
+from forvalue_callbacks.softmax import fit_softmax
+
+EOS = 2
+
+
+def answered(n, seed=0, vocab=67):
+    """Rows of a prompt and an answer of two to eight tokens that ends with EOS."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        prompt, answer = (rng.integers(3, vocab, rng.integers(lo, 9)) for lo in (3, 2))
+        ids = np.concatenate([prompt, answer, [EOS]])
+        labels = np.concatenate([np.full(len(prompt), -100), answer, [EOS]])
+        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    return rows
+
+
+def repeated(n, seed=0, noise=0.0):
+    """Rows whose prompt holds the token that decides the answer, one of three; a share of the answers is wrong."""
+    rng = np.random.default_rng(seed)
+    rows, wrong = [], []
+    for _ in range(n):
+        kind, is_wrong = int(rng.integers(3)), bool(rng.random() < noise)
+        prompt = [*rng.integers(20, 60, 3).tolist(), 3 + kind]
+        answer = 10 + (kind + (int(rng.integers(1, 3)) if is_wrong else 0)) % 3
+        rows.append({"input_ids": [*prompt, answer], "labels": [-100] * 4 + [answer]})
+        wrong.append(is_wrong)
+    return rows, np.array(wrong)
+
+
+# ---- corrupted copies ----
+
+
+def prepared(rows):
+    prepare = RowPreparer()
+    return [prepare(row) for row in rows]
+
+
+def answer(row):
+    return row.labels[row.labels != -100].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_has_the_prompt_of_its_row_and_another_answer_that_still_ends(kind):
+    rows = prepared(answered(60))
+    copies = corrupted(rows, kind, np.random.default_rng(0))
+    changed = [(row, copy) for row, copy in zip(rows, copies, strict=True) if copy is not None]
+    assert len(changed) > 45
+    for row, copy in changed:
+        start = answer_span(row).start
+        assert copy.input_ids[:start].tolist() == row.input_ids[:start].tolist()
+        assert (copy.labels[:start] == -100).all()
+        assert copy.input_ids[start:].tolist() == answer(copy) != answer(row)
+        assert answer(copy)[-1] == EOS
+        words, own = answer(copy)[:-1], answer(row)[:-1]
+        if kind == "swapped":
+            assert any(answer(copy) == answer(other) for other in rows)
+        elif kind == "truncated":
+            assert words == own[: len(words)]
+            assert len(words) < len(own)
+        else:
+            longer, shorter = (words, own) if kind == "words inserted" else (own, words)
+            rest = iter(longer)
+            assert all(token in rest for token in shorter), "one is the other with words left out, in order"
+            assert len(longer) > len(shorter)
+
+
+def test_a_row_that_cannot_be_changed_has_no_copy():
+    rows = prepared([{"input_ids": [3, 4, EOS], "labels": [-100, 4, EOS]}] * 5)
+    assert corrupted(rows, "words deleted", np.random.default_rng(0)) == [None] * 5
+    assert corrupted(rows, "swapped", np.random.default_rng(0)) == [None] * 5, "the same answer everywhere"
+
+
+def test_words_are_deleted_whole():
+    starts = np.zeros(67, dtype=bool)
+    starts[:30] = True
+    row = Row(np.arange(20, 40), np.array([-100, *range(21, 40)]))  # words 21, ..., 28, one from 29 on, the end
+    for seed in range(5):
+        (copy,) = corrupted([row], "words deleted", np.random.default_rng(seed), starts)
+        kept = answer(copy)
+        assert (29 in kept) == (35 in kept) == (38 in kept)
+
+
+def test_the_answer_is_the_longest_run_of_labels():
+    labels = np.array([-100, 5, -100, 6, 7, 8, -100, 9, 10])
+    assert answer_span(Row(labels, labels)) == slice(3, 6)
+
+
+def test_word_starts_come_from_the_tokenizers_spelling():
+    class Tokenizer:
+        def __len__(self):
+            return 4
+
+        def convert_ids_to_tokens(self, ids):
+            return [["\u0120a", "b", "\u2581c", None][i] for i in ids]
+
+    assert word_starts(Tokenizer(), 6).tolist() == [True, False, True, False, False, False]
+    assert word_starts(None, 6) is None
+
+
+# ---- classifier and shares ----
+
+
+def mixture(n, share, seed):
+    """Three features; noise of kind 1 shifts the first, of kind 2 spreads the second."""
+    rng = np.random.default_rng(seed)
+    kind = rng.choice(3, n, p=[1 - sum(share), *share])
+    x = rng.normal(size=(n, 3))
+    x[kind == 1, 0] += 2
+    x[kind == 2, 1] *= 4
+    return x, kind
+
+
+def calibrated(n=250, seed=0):
+    clean, _ = mixture(n, (0, 0), seed)
+    one, two = mixture(n, (1, 0), seed + 1)[0], mixture(n, (0, 1), seed + 2)[0]
+    classes = np.repeat([0, 1, 2], n)
+    return fit_classifier(np.concatenate([clean, one, two]), classes, np.tile(np.arange(n), 3))
+
+
+@pytest.mark.parametrize("share", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3), (0.1, 0.4)])
+def test_shares_of_a_known_mixture_are_found(share):
+    classifier, _ = calibrated()
+    x, kind = mixture(1000, share, 9)
+    found = shares(classifier.log_p(x), 250)
+    assert found.sum() == pytest.approx(1)
+    assert abs((1 - found[0]) - sum(share)) < 0.06
+    if sum(share):
+        scores = log_odds(classifier.log_p(x), found)
+        assert auc(scores[kind == 0], scores[kind > 0]) > 0.8
+        assert abs((scores < 0).mean() - sum(share)) < 0.15, "0 is where a row is as likely noisy as clean"
+
+
+def test_out_of_fold_probabilities_do_not_know_their_own_row():
+    """Features that say nothing: out of fold the classes cannot be told, in sample they can."""
+    rng = np.random.default_rng(0)
+    x, classes = rng.normal(size=(60, 20)), np.repeat([0, 1], 30)
+    _, held_out = fit_classifier(x, classes, np.tile(np.arange(30), 2))
+    score = held_out[:, 0]
+    assert auc(score[:30], score[30:]) < 0.7
+
+
+def test_log_odds_are_those_of_bayes():
+    p = np.array([[0.5, 0.3, 0.2]])
+    share = np.array([0.6, 0.1, 0.3])
+    want = np.log(0.5 * 0.6) - np.log(0.3 * 0.1 + 0.2 * 0.3)
+    # The floor of half a row for each kind is above 0.1 with one row: take many.
+    assert log_odds(np.log(np.repeat(p, 100, 0)), share)[0] == pytest.approx(want)
+
+
+def test_auc_counts_ties_half():
+    assert auc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+
+
+def test_the_softmax_is_fitted_to_its_optimum():
+    torch.manual_seed(0)
+    x, targets = torch.randn(80, 4, dtype=torch.float64), torch.rand(80, 3, dtype=torch.float64)
+    fitted = fit_softmax(x, targets, ridge=2.0).requires_grad_(True)
+    log_p = (x @ fitted[:-1] + fitted[-1]).log_softmax(1)
+    objective = (targets * log_p).sum() - fitted[:-1].square().sum() - 0.5e-2 * fitted[-1].square().sum()
+    (gradient,) = torch.autograd.grad(objective, fitted)
+    assert float(gradient.abs().max()) < 1e-3
+
+
+def test_a_match_never_scores_a_pair_that_it_has_seen():
+    torch.manual_seed(0)
+    prompts, answers = torch.randn(50, 4).double(), torch.randn(50, 4).double()
+    fold = np.arange(50) % FOLDS
+    before = Match(prompts, answers, fold)(prompts, answers, fold)
+    kept = Match(prompts, answers, fold)
+    for k in range(FOLDS):
+        x, y = kept.sides[0](prompts), kept.sides[1](answers)
+        others = torch.from_numpy(fold != k)
+        torch.testing.assert_close(kept.cross[k], x[others].T @ y[others] / int(others.sum()))
+    answers_related = prompts @ torch.randn(4, 4).double()
+    related = Match(prompts, answers_related, fold)
+    right = related(prompts, answers_related, fold)
+    wrong = related(prompts, answers_related.roll(1, 0), fold)
+    assert auc(right, wrong) > 0.9
+    assert auc(before, Match(prompts, answers, fold)(prompts, answers.roll(1, 0), fold)) < 0.75
+
+
+# ---- the label model ----
+
+
+def clusters(n, seed, noise, k=4, d=6):
+    generator = torch.Generator().manual_seed(seed)
+    centers = 2 * torch.randn(k, d, generator=torch.Generator().manual_seed(99))
+    true = torch.randint(k, (n,), generator=generator)
+    x = centers[true] + torch.randn(n, d, generator=generator)
+    wrong = torch.rand(n, generator=generator) < noise
+    observed = torch.where(wrong, (true + torch.randint(1, k, (n,), generator=generator)) % k, true)
+    return x, true.numpy(), observed.numpy(), wrong.numpy()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_the_label_model_finds_wrong_answers_and_their_share(noise):
+    known, answers, _, _ = clusters(60, 0, 0.0)
+    x, _, observed, wrong = clusters(500, 1, noise)
+    fit = fit_labels(known, answers, x, observed)
+    assert abs(fit.noise_share - wrong.mean()) < 0.04
+    assert fit.flipped_auc > 0.9
+    if noise:
+        assert auc(fit.log_odds[~wrong], fit.log_odds[wrong]) > 0.95
+
+
+def test_an_answer_that_no_held_out_row_has_is_learned_from_the_training_rows():
+    known, answers, _, _ = clusters(80, 0, 0.0)
+    x, true, observed, wrong = clusters(500, 1, 0.2)
+    kept = answers != 3
+    fit = fit_labels(known[torch.from_numpy(kept)], answers[kept], x, observed)
+    right = (true == 3) & ~wrong
+    assert (fit.log_odds[right] > 0).mean() > 0.9
+
+
+def test_a_row_does_not_vouch_for_itself():
+    """One row's observed answer changed: the model that judges it is the same, so the odds of both answers agree."""
+    known, answers, _, _ = clusters(60, 0, 0.0, k=2)
+    x, _, observed, _ = clusters(300, 1, 0.2, k=2)
+    before = fit_labels(known, answers, x, observed)
+    flipped = observed.copy()
+    flipped[7] = 1 - flipped[7]
+    after = fit_labels(known, answers, x, flipped)
+    # log p(o) T[o, o] / p(c) T[c, o] changes sign up to the noise terms T, which one row in 300 hardly moves.
+    assert before.log_odds[7] * after.log_odds[7] < 0
+
+
+def test_the_expectation_step_is_that_of_a_loop():
+    torch.manual_seed(0)
+    log_p = torch.randn(30, 3, dtype=torch.float64).log_softmax(1)
+    observed = np.arange(30) % 3
+    truth, flips = _expectation(log_p, observed, iterations=1)
+    start = 0.8 * np.eye(3) + 0.1 * (1 - np.eye(3))
+    for i, o in enumerate(observed):
+        q = np.array([float(log_p[i, c].exp()) * start[c, o] for c in range(3)])
+        np.testing.assert_allclose(truth[i], q / q.sum(), rtol=1e-12)
+    counts = np.zeros((3, 3))
+    for i, o in enumerate(observed):
+        counts[:, o] += truth[i].numpy()
+    rate = 1 - np.trace(counts) / counts.sum()
+    symmetric = (1 - rate) * np.eye(3) + rate * (1 - np.eye(3)) / 2
+    np.testing.assert_allclose(flips, (counts + 5 * symmetric) / (counts.sum(1, keepdims=True) + 5), rtol=1e-12)
+
+
+def test_one_answer_cannot_be_wrong():
+    x = torch.randn(10, 3)
+    with pytest.raises(ValueError, match="all answers are the same"):
+        fit_labels(x, np.zeros(10, dtype=int), x, np.zeros(10, dtype=int))
+
+
+# ---- the scorer ----
+
+
+def test_auto_and_labels_agree_where_answers_repeat_and_find_the_wrong_ones():
+    model = build_model("llama")
+    validation, _ = repeated(90, seed=1)
+    train, wrong = repeated(300, seed=2, noise=0.3)
+    values = {}
+    for direction in ("labels", "auto"):
+        scores = ForValueScorer(model, validation, ForValueConfig(direction=direction), progress=False).score(train)
+        values[direction] = scores.values
+        assert abs(scores.metadata["noise"]["share"] - wrong.mean()) < 0.08
+        assert "estimated share" in scores.summary()
+    np.testing.assert_array_equal(values["labels"], values["auto"])
+    assert auc(values["auto"][~wrong], values["auto"][wrong]) > 0.9
+    plain = ForValueScorer(model, validation, progress=False).score(train)
+    np.testing.assert_allclose(scores.log_likelihood, plain.log_likelihood, rtol=1e-5)
+    np.testing.assert_array_equal(scores.n_labelled, plain.n_labelled)
+
+
+def test_auto_finds_swapped_answers_that_repeat_their_prompt():
+    """Answers that copy their prompt, which no random model predicts: the overlap and the match tell."""
+    rng = np.random.default_rng(0)
+
+    def copies(n):
+        rows = []
+        for _ in range(n):
+            words = rng.integers(3, 67, 6).tolist()
+            rows.append({"input_ids": [*words, *words[:4], EOS], "labels": [-100] * 6 + [*words[:4], EOS]})
+        return rows
+
+    validation, train = copies(80), copies(200)
+    wrong = np.arange(200) < 60
+    for i in range(60):
+        train[i] = {**train[i], "input_ids": train[i]["input_ids"][:6] + train[(i + 1) % 60]["labels"][6:]}
+        train[i]["labels"] = [-100] * 6 + train[i]["input_ids"][6:]
+    train[100] = {"input_ids": [5], "labels": [-100]}
+    scores = ForValueScorer(build_model("llama"), validation, ForValueConfig(direction="auto"), progress=False).score(
+        train
+    )
+    assert scores.reasons[100] is not None
+    assert np.isnan(scores.values[100])
+    ok = np.isfinite(scores.values)
+    assert ok.sum() == 199
+    assert auc(scores.values[ok & ~wrong], scores.values[ok & wrong]) > 0.95
+    noise = scores.metadata["noise"]
+    assert abs(noise["share"] - 0.3) < 0.08
+    assert noise["held_out"]["swapped"]["auc"] > 0.95
+    assert set(noise["held_out"]) == set(KINDS)
+    assert "on your 80 held-out rows" in scores.summary()
+    assert (Drop("auto")(scores.values) == 0)[wrong].mean() > 0.8
+
+
+def test_auto_says_what_it_cannot_find(caplog):
+    """Random answers of a random model: nothing tells a swapped one."""
+    validation, train = answered(60, seed=1), answered(40, seed=2)
+    scores = ForValueScorer(build_model("llama"), validation, ForValueConfig(direction="auto"), progress=False).score(
+        train
+    )
+    assert scores.metadata["noise"]["held_out"]["swapped"]["auc"] < 0.65
+    assert "do not filter by this against it" in scores.summary()
+    assert any("do not filter" in record.message for record in caplog.records)
+
+
+def test_scores_do_not_depend_on_the_batch_size():
+    model, validation, train = build_model("llama", torch.float64), answered(50, seed=1), answered(30, seed=2)
+    values = [
+        ForValueScorer(model, validation, ForValueConfig(direction="auto", max_tokens_per_batch=n), progress=False)
+        .score(train)
+        .values
+        for n in (20, 10_000)
+    ]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-3, atol=1e-3)
+
+
+def test_what_has_no_meaning_for_log_odds_is_refused():
+    model, (validation, _) = build_model(), repeated(20)
+    scorer = ForValueScorer(model, validation, ForValueConfig(direction="labels"), progress=False)
+    for call in (scorer.token_scores, scorer.pairwise):
+        with pytest.raises(ValueError, match="one number per row"):
+            call(validation)
+    with pytest.raises(ValueError, match="one number per row"):
+        scorer.direction()
+    with pytest.raises(ValueError, match="normalize"):
+        ForValueConfig(direction="auto", normalize="length")
+    with pytest.raises(ValueError, match="add_column"):
+        ForValueTransform(model, validation, ForValueConfig(direction="auto"))
+    with pytest.raises(ValueError, match="answers that repeat"):
+        ForValueScorer(model, build_rows(20), ForValueConfig(direction="labels"), progress=False).score(build_rows(3))
+    with pytest.raises(ValueError, match="give at least 40"):
+        ForValueScorer(model, build_rows(20), ForValueConfig(direction="auto"), progress=False).score(build_rows(3))
+
+
+def test_the_batcher_takes_rows_that_are_prepared():
+    model, rows = build_model(), build_rows(6)
+    scorer = ForValueScorer(model, build_rows(2, seed=1), progress=False)
+    assert isinstance(scorer.batcher, Batcher)
+    given, _, _ = scorer.batcher.map(rows, lambda batch: batch.lengths, "rows")
+    ready, _, _ = scorer.batcher.map(prepared(rows), lambda batch: batch.lengths, "rows")
+    assert given == ready
