@@ -3,9 +3,10 @@
     make demo        or        python recipes/demo.py --noise 0.3 --seed 0
 
 1,000 instruction rows, 30 % of them with a wrong answer, are scored against 200 clean held-out rows: along the
-published direction and three more. Then the tiny model is fine-tuned with LoRA through `SFTTrainer` and
-`ForValueCallback`, from one start and for as many steps each: on all rows, without a random share, without the worst
-rows, with all rows reweighted, and on the clean rows alone (which nobody knows in practice).
+published direction and three more, and by `auto`, which also says how many rows are wrong. Then the tiny model is
+fine-tuned with LoRA through `SFTTrainer` and `ForValueCallback`, from one start and for as many steps each: on all
+rows, without a random share, without the worst rows, with all rows reweighted, and on the clean rows alone (which
+nobody knows in practice).
 """
 
 from __future__ import annotations
@@ -40,14 +41,19 @@ from forvalue_callbacks import (
 from forvalue_callbacks.tiny import instructions
 
 # As published first; the last one is what the fine-tuning drops and reweights by.
-DIRECTIONS = ("gradient", "whitened", "fitted", "fitted_likelihood")
+DIRECTIONS = ("gradient", "whitened", "fitted", "fitted_likelihood", "auto")
 
 
 @dataclass
 class DemoConfig:
     model: str = field(default=str(TINY_MODEL), metadata={"help": "Path or hub id of the model."})
     rows: int = field(default=1000, metadata={"help": "Training rows."})
-    noise: float = field(default=0.3, metadata={"help": "Share of them with a wrong answer; as many are dropped."})
+    noise: float = field(
+        default=0.3,
+        metadata={
+            "help": "Share of them with a wrong answer. As many are dropped, but by auto, which does not know it."
+        },
+    )
     epochs: float = field(default=2.0, metadata={"help": "Epochs of each fine-tuning."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of LoRA."})
     seed: int = field(default=0, metadata={"help": "Seed of the rows and of the training."})
@@ -102,6 +108,11 @@ def within_answers(scores: np.ndarray, noisy: np.ndarray, answers: np.ndarray) -
     return float(np.mean([roc_auc_score(~noisy[g], scores[g]) for g in groups if 0 < noisy[g].sum() < g.sum()]))
 
 
+def policy(direction: str, config: DemoConfig) -> Drop:
+    """The true share of noise, which nobody knows in practice; `auto` finds it."""
+    return Drop("auto" if direction == "auto" else config.noise)
+
+
 def constant_scores(values: np.ndarray) -> ForValueScores:
     """Scores made by hand, for the comparisons."""
     n = len(values)
@@ -140,7 +151,7 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
         )
         scores = valued[direction] = scorer.score(trainer.train_dataset)
         valuation[direction] = time.perf_counter() - started
-        weights = Drop(config.noise)(scores.values)
+        weights = policy(direction, config)(scores.values)
         found.append(
             {
                 "direction": direction,
@@ -169,7 +180,10 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
         "random drop": (None, ForValueCallback(validation, drop, scores=constant_scores(rng.random(len(train))))),
     }
     for direction in ("gradient", best):
-        runs[f"drop by {direction}"] = direction, ForValueCallback(validation, drop, scores=valued[direction])
+        runs[f"drop by {direction}"] = (
+            direction,
+            ForValueCallback(validation, policy(direction, config), scores=valued[direction]),
+        )
     runs[f"reweight by {best}"] = best, ForValueCallback(validation, Reweight(0.5), scores=valued[best])
     runs["clean rows only"] = None, ForValueCallback(validation, Threshold(0.5), scores=constant_scores(~noisy))
     table = []

@@ -207,6 +207,10 @@ def scored(config: MislabelConfig, model, tokenizer, seed: int) -> Iterator[Resu
     rows = validation.select_columns(["prompt", "completion"])
     common = {"processing_class": tokenizer, "progress": False}
     plain = ForValueScorer(model, rows, **common)
+    clean, validation = (
+        side.select([i for i, row in enumerate(side) if plain.prepare(row).reason is None])
+        for side in (clean, validation)
+    )
     confused: dict[str, str] = {}
     if config.of_labels:
         known = np.array(validation["completion"])

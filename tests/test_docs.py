@@ -59,11 +59,11 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
         assert table.count("| tiny |") == 7
         assert ("| qwen2.5-7b | not run: no accelerator |" in table) != torch.accelerator.is_available()
     if name == "demo":
-        assert out.count("\n| ") == 5 + 7, "two tables"
+        assert out.count("\n| ") == 6 + 7, "two tables"
         names = {path.name for path in Path("out").iterdir()}
         assert {"scores_gradient.png", "scores_gradient.parquet", "table.md"} <= names
     if name == "find_mislabels":
-        assert out.count("\n| ") == 1 + 9
+        assert out.count("\n| ") == 1 + 6 + 5 + 3 + 7, "directions, other normalisations, cheap rivals, classifiers"
         assert Path("out/auc.png").is_file()
     if name == "prefilter_sft":
         report = json.loads(Path("out/report.json").read_text())
