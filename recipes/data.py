@@ -108,6 +108,7 @@ def swap_answers(rows: Dataset, share: float, seed: int) -> Dataset:
 
 
 def _fill(row: dict[str, object], prompt: str, completion: str) -> dict[str, str]:
+    prompt, completion = (template.replace("\\n", "\n") for template in (prompt, completion))  # as a shell gives it
     try:
         return {"prompt": prompt.format(**row), "completion": completion.format(**row)}
     except KeyError as error:

@@ -68,7 +68,7 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
     if name == "prefilter_sft":
         report = json.loads(Path("out/report.json").read_text())
         assert report["rows"] == 40
-        assert report["kept"] == 32
+        assert 20 <= report["kept"] < 40, "a fifth is noisy, and nobody says so"
         assert 0 <= report["auc_clean_against_noisy"] <= 1
 
 
@@ -98,8 +98,8 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         "SFTTrainer": SFTTrainer,
         "SFTConfig": lambda *_: SFTConfig(output_dir="out", max_steps=1, bf16=False, report_to=[], save_strategy="no"),
         "model": AutoModelForCausalLM.from_pretrained(TINY_MODEL),
-        "train": instructions(20, seed=0),
-        "validation": instructions(5, seed=1),
+        "train": instructions(40, seed=0),
+        "validation": instructions(60, seed=1),
     }
     for block in blocks:
         exec(block, names)
