@@ -3,7 +3,8 @@
     accelerate launch recipes/prefilter_sft.py --config recipes/prefilter_sft.yaml
     accelerate launch recipes/prefilter_sft.py --config recipes/prefilter_sft.yaml \
         --model_name_or_path Qwen/Qwen2.5-0.5B --data tatsu-lab/alpaca \
-        --prompt_template '{instruction}\\n{input}\\n' --completion_template '{output}' --direction gradient --policy drop:0.1
+        --prompt_template '{instruction}\\n{input}\\n' --completion_template '{output}' \
+        --direction gradient --policy drop:0.1
 
 Every field of `SFTConfig`, `ModelConfig` (LoRA included), `ForValueConfig` and the two classes of this recipe is a
 flag and a key of the YAML file. With `--noise 0.2` a fifth of the answers is swapped first, and the recipe reports
