@@ -13,8 +13,7 @@ Random weights of the true shape (times do not depend on the values), float32 on
     trainer    Trainer.evaluate()
     sft        SFTTrainer.evaluate(), with its fused head
     algorithm1 the paper's Algorithm 1: errors on the tokens seen, and a matrix (tokens seen) x d for each row
-    lora       a step of AdamW on the LoRA factors (r=8, query and value) per batch: an epoch of a baseline's training
-    gradients  per-sample LoRA gradients of the rows, which DataInf and its like need after that training
+    gradients  per-sample LoRA gradients (r=8, query and value), which DataInf and its like need after training
 """
 
 from __future__ import annotations
@@ -30,65 +29,18 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from shapes import SHAPES, random_model
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
-    LlamaConfig,
     PreTrainedModel,
-    Qwen2Config,
     Trainer,
     TrainingArguments,
 )
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, baselines
 
-SHAPES = {
-    "tiny": {
-        "hidden_size": 192,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
-        "vocab_size": 2048,
-    },
-    "smollm-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-    "qwen2.5-1.5b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-0.5b": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-}
-ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer", "sft", "algorithm1", "lora", "gradients")
+ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer", "sft", "algorithm1", "gradients")
 
 
 @dataclass
@@ -108,17 +60,11 @@ class BenchmarkConfig:
 
 
 def build(config: BenchmarkConfig) -> tuple[PreTrainedModel, list[dict[str, list[int]]]]:
-    torch.manual_seed(config.seed)
-    device = torch.accelerator.current_accelerator(check_available=True)
-    dtype = torch.float32 if device is None else torch.bfloat16
-    shape = {**SHAPES[config.shape], "max_position_embeddings": 2048}
-    family = Qwen2Config if config.shape.startswith("qwen") else LlamaConfig
-    with torch.device(device or "cpu"):
-        model = AutoModelForCausalLM.from_config(family(**shape), dtype=dtype).eval()
+    model = random_model(config.shape, config.seed)
     rows = []
     for _ in range(config.rows + config.validation_rows):
         length = round(config.length * (config.shortest + (1 - config.shortest) * float(torch.rand(()))))
-        ids = torch.randint(3, shape["vocab_size"], (length,)).tolist()
+        ids = torch.randint(3, SHAPES[config.shape].vocab_size, (length,)).tolist()
         prompt = round(length * (1 - config.labelled))
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return model, rows
@@ -183,20 +129,10 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
 
     adapted: list[PeftModel] = []
 
-    def with_lora() -> PeftModel:
-        if not adapted:  # at the end: it changes the model
+    def gradients():
+        if not adapted:  # the last arm: it changes the model
             adapted.append(get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"])))
-        return adapted[0]
-
-    def lora():
-        peft_model = with_lora().train()
-        optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=0.0)
-        with torch.enable_grad():
-            for batch in batched(by_length):
-                peft_model(**batch, use_cache=False).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        peft_model.eval()
+        return baselines.gradients(adapted[0], train, max_tokens_per_batch=config.batch_size * config.length)
 
     def sft():
         from datasets import Dataset
@@ -230,10 +166,7 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
         "trainer": lambda: Trainer(model, args=trainer_args, data_collator=collate).evaluate(train),
         "sft": sft,
         "algorithm1": algorithm1,
-        "lora": lora,
-        "gradients": lambda: baselines.gradients(
-            with_lora(), train, max_tokens_per_batch=config.batch_size * config.length
-        ),
+        "gradients": gradients,
     }
 
 
@@ -283,7 +216,7 @@ def main(config: BenchmarkConfig) -> dict[str, float]:
     if config.memory:
         peaks = measure_memory(config)
         shape = SHAPES[config.shape]
-        head = shape["vocab_size"] * shape["hidden_size"] * 4 / 2**20
+        head = shape.vocab_size * shape.hidden_size * 4 / 2**20
         print("| arm | peak MiB |\n|---|---|\n" + "\n".join(f"| {k} | {v:.0f} |" for k, v in peaks.items()))
         print(
             f"allowed for the scorer: evaluation + two heads of {head:.0f} MiB = {peaks['evaluation'] + 2 * head:.0f}"

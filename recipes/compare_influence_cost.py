@@ -26,35 +26,11 @@ import torch
 import transformers
 from influence_comparison import train_epochs, with_lora
 from influence_report import ComparisonConfig, known
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from shapes import SHAPES, random_model
 from trl import TrlParser
 
 from forvalue_callbacks import ForValueScorer, baselines
 
-
-def qwen(hidden: int, mlp: int, layers: int, heads: int, groups: int, tied: bool, vocabulary: int) -> Qwen2Config:
-    return Qwen2Config(
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        tie_word_embeddings=tied,
-        vocab_size=vocabulary,
-    )
-
-
-SHAPES: dict[str, tuple[type[PreTrainedModel], Any]] = {
-    "tiny": (
-        LlamaForCausalLM,
-        LlamaConfig(
-            hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, vocab_size=2048
-        ),
-    ),
-    "qwen2.5-0.5b": (Qwen2ForCausalLM, qwen(896, 4864, 24, 14, 2, True, 151936)),
-    "qwen2.5-1.5b": (Qwen2ForCausalLM, qwen(1536, 8960, 28, 12, 2, True, 151936)),
-    "qwen2.5-7b": (Qwen2ForCausalLM, qwen(3584, 18944, 28, 28, 4, False, 152064)),
-}
 # Padded tokens in one backward pass: the activations of a 7B model leave room for no more on 80 GB.
 GRADIENT_TOKENS = 4096
 
@@ -116,16 +92,8 @@ class Meter:
 def measure(config: CostConfig, shape: str) -> list[tuple[str, float, float | None]]:
     """Rows of the table: what, seconds, GiB."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    kind, model_config = SHAPES[shape]
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32 if accelerator is None else torch.bfloat16)
-    try:
-        with accelerator or torch.device("cpu"):
-            model = kind(model_config).eval()
-    finally:
-        torch.set_default_dtype(previous)
-    rows = random_rows(config, model_config.vocab_size)
+    model = random_model(shape)
+    rows = random_rows(config, SHAPES[shape].vocab_size)
     train, validation = rows[: config.rows], rows[config.rows :]
     meter = Meter(accelerator)
 

@@ -30,7 +30,7 @@ RECIPES = {
 # Run by tests of their own.
 ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm"}
 # Modules that recipes share, not scripts.
-SHARED = {"data", "influence_comparison", "influence_report", "influence_tasks", "vlm_tasks"}
+SHARED = {"data", "influence_comparison", "influence_report", "influence_tasks", "shapes", "vlm_tasks"}
 
 
 def test_every_recipe_is_known_here():
@@ -157,3 +157,40 @@ def test_the_public_names_are_all_there():
     out = subprocess.check_output([sys.executable, "-c", code], text=True)
     for name in ("ForValueCallback", "ForValueScorer", "ForValueTransform", "prefilter", "Drop"):
         assert name in out
+
+
+def test_noise_is_put_into_the_rows_that_say_so(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from data import _fill, change_words, swap_answers
+    from datasets import Dataset
+
+    answers = [" ".join(f"w{i}-{k}" for k in range(1 + i % 5)) for i in range(50)]
+    rows = Dataset.from_dict({"prompt": ["p"] * 50, "completion": answers})
+    for noisy in (swap_answers(rows, 0.4, 0), change_words(rows, 0.4, 0, True), change_words(rows, 0.4, 0, False)):
+        changed = [new != old for new, old in zip(noisy["completion"], answers, strict=True)]
+        assert noisy["is_noisy"] == changed
+        assert 10 < sum(changed) <= 20, "an answer of one word cannot lose any"
+
+    def more_words(insert):
+        changed = change_words(rows, 1.0, 0, insert)["completion"]
+        return [len(new.split()) - len(old.split()) for new, old in zip(changed, answers, strict=True)]
+
+    longer, shorter = more_words(True), more_words(False)
+    assert min(longer) == 1
+    assert max(shorter) == 0 > min(shorter)
+    assert _fill({"a": 1}, "{a}\\n", "{a}") == {"prompt": "1\n", "completion": "1"}, "a shell gives two characters"
+
+
+def test_free_form_noise_goes_through_the_noise_recipe(tmp_path, monkeypatch, capsys):
+    rows = [{"q": f"say {i} and {i + 1}", "a": f"{i} and {i + 1} said"} for i in range(200)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data", "rows.json", "--prompt_template", "{q}\\n", "--completion_template", "{a}"]
+    arguments += ["--noises", "swapped", "--train_rows", "100", "--validation_rows", "60", "--seeds", "1"]
+    arguments += ["--directions", "gradient", "auto", "--rivals", "false", "--output_dir", "out"]
+    monkeypatch.setattr(sys, "argv", ["find_mislabels.py", *arguments])
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    runpy.run_path(str(ROOT / "recipes" / "find_mislabels.py"), run_name="__main__")
+    found = dict(re.findall(r"\| (\w+) \| (0\.\d+|1\.0+) ", capsys.readouterr().out))
+    assert float(found["auto"]) > 0.9
+    assert "gradient" in found
