@@ -232,7 +232,9 @@ def scored(config: MislabelConfig, model, tokenizer, seed: int) -> Iterator[Resu
             for (direction, normalize), scorer in scorers.items():
                 try:
                     scores = scorer.score(given)
-                except ValueError:  # a direction that is not for such data; its message is the user's, not ours
+                except ValueError as error:  # a direction that is not for such data
+                    print(f"{direction} refuses: {error}")
+                    yield Result(noise, share, seed, direction, float("nan"))
                     continue
                 name = direction if normalize == "none" else f"{direction}, {normalize}"
                 yield result(name, scores.values, scores.metadata.get("noise", {}).get("share"))
@@ -268,7 +270,7 @@ def table(results: list[Result]) -> list[str]:
         lines.append("|---|" + "---|" * len(shares))
         for score, by_share in here.items():
             aucs = [[r.auc for r in by_share.get(share, [])] for share in shares]
-            cells = [f"{np.mean(v):.3f} ± {np.std(v):.3f}" if v else "-" for v in aucs]
+            cells = [f"{np.mean(v):.3f} ± {np.std(v):.3f}" if np.isfinite(v).any() else "-" for v in aucs]
             lines.append(f"| {score} | " + " | ".join(cells) + " |")
         for score, by_share in here.items():
             for share, group in by_share.items():

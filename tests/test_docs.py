@@ -22,7 +22,7 @@ RECIPES = {
     ],
     "demo": ["--rows", "40", "--epochs", "0.1", "--output_dir", "out"],
     "find_mislabels": [
-        *("--train_rows", "120", "--validation_rows", "90", "--seeds", "1", "--noise", "0.3", "--output_dir", "out")
+        *("--train_rows", "120", "--validation_rows", "90", "--seeds", "1", "--shares", "0.3", "--output_dir", "out")
     ],
     "prefilter_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
     "reweight_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
