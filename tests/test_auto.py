@@ -5,11 +5,11 @@ import pytest
 import torch
 from conftest import build_model, build_rows
 
-from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform
-from forvalue_callbacks.batching import Batcher
+from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform, baselines
+from forvalue_callbacks.batching import Batcher, concatenate
 from forvalue_callbacks.calibration import fit_classifier, log_odds, shares
 from forvalue_callbacks.corruption import KINDS, answer_span, corrupted, word_starts
-from forvalue_callbacks.evidence import FOLDS, Match
+from forvalue_callbacks.evidence import FOLDS, HALF_CANDIDATES, ROW_CANDIDATES, Evidence, Half, Match, n_grams
 from forvalue_callbacks.labels import _expectation, fit_labels
 from forvalue_callbacks.rows import Row, RowPreparer
 from forvalue_callbacks.scores import auc
@@ -146,6 +146,14 @@ def test_shares_of_a_known_mixture_are_found(share):
         assert abs((scores < 0).mean() - sum(share)) < 0.15, "0 is where a row is as likely noisy as clean"
 
 
+def test_no_noise_is_found_where_there_is_none():
+    """What the held-out rows' own sampling error looks like from 3,000 clean rows is no evidence."""
+    for seed in range(4):
+        classifier, _ = calibrated(seed=10 * seed)
+        x, _ = mixture(3000, (0, 0), seed + 5)
+        assert shares(classifier.log_p(x), 250).tolist() == [1, 0, 0]
+
+
 def test_out_of_fold_probabilities_do_not_know_their_own_row():
     """Features that say nothing: out of fold the classes cannot be told, in sample they can."""
     rng = np.random.default_rng(0)
@@ -195,6 +203,42 @@ def test_a_match_never_scores_a_pair_that_it_has_seen():
     assert auc(before, Match(prompts, answers, fold)(prompts, answers.roll(1, 0), fold)) < 0.75
 
 
+def test_what_is_measured_on_a_row_is_that_of_the_row_alone():
+    """Against the baselines' mutual information, the model's own logits, and n-grams counted by hand."""
+    model, rows, held_out = build_model("llama", torch.float64), answered(8, seed=1), answered(12, seed=2)
+    scorer = ForValueScorer(model, held_out, progress=False)
+    items = scorer._validation()
+    head = scorer.backbone.head()
+    with torch.no_grad():
+        halves = [Half.of(head, concatenate(list(scorer.batcher.labelled(items[h::2]))), 0.01) for h in (0, 1)]
+        evidence = Evidence(scorer.batcher, head, prepared(held_out), halves, bos=1)
+        measured, reasons, _ = evidence.measure(rows, "rows")
+    assert reasons == [None] * 8
+    column = dict(zip(ROW_CANDIDATES, measured.row_NF.T, strict=True))
+    np.testing.assert_allclose(column["mutual information"], baselines.pmi(model, rows, bos_token_id=1), rtol=1e-8)
+    np.testing.assert_allclose(column["mean log-likelihood"], baselines.loss(model, rows), rtol=1e-8)
+    for i, row in enumerate(rows):
+        ids, start = torch.tensor(row["input_ids"]), sum(label == -100 for label in row["labels"])
+        with torch.no_grad():
+            logits_LV = model(input_ids=ids[None]).logits[0, :-1]
+        log_p = logits_LV.log_softmax(-1)[start - 1 :]
+        own = log_p.gather(1, ids[start:, None])[:, 0]
+        entropy = -(log_p.exp() * log_p).sum(1)
+        assert column["last token"][i] == pytest.approx(float(own[-1]))
+        assert column["temperature score"][i] == pytest.approx(float((own + entropy).mean()))
+        prompt, answer_ids = row["input_ids"][:start], row["input_ids"][start:]
+        weights = {g: np.log(13 / (sum(g in n_grams(r.input_ids) for r in prepared(held_out)) + 0.5))
+                   for g in n_grams(np.array(answer_ids))}  # fmt: skip
+        shared = sum(w for g, w in weights.items() if g in n_grams(np.array(prompt)))
+        assert column["overlap"][i] == pytest.approx(shared / sum(weights.values()))
+    for h in (0, 1):
+        plain = ForValueScorer(model, held_out[h::2], progress=False).score(rows)
+        after = ForValueScorer(model, held_out[h::2], ForValueConfig("fitted_likelihood", "length"), progress=False)
+        by_half = dict(zip(HALF_CANDIDATES, measured.half_NHF[:, h].T, strict=True))
+        np.testing.assert_allclose(by_half["gradient"], plain.values, rtol=1e-8)
+        np.testing.assert_allclose(by_half["fitted_likelihood"], after.score(rows).values, rtol=1e-4)
+
+
 # ---- the label model ----
 
 
@@ -241,20 +285,23 @@ def test_a_row_does_not_vouch_for_itself():
 
 
 def test_the_expectation_step_is_that_of_a_loop():
+    """Two alternations: after the first the noise is no longer the symmetric one that it starts from."""
     torch.manual_seed(0)
-    log_p = torch.randn(30, 3, dtype=torch.float64).log_softmax(1)
+    log_p = (3 * torch.randn(30, 3, dtype=torch.float64)).log_softmax(1)
     observed = np.arange(30) % 3
-    truth, flips = _expectation(log_p, observed, iterations=1)
-    start = 0.8 * np.eye(3) + 0.1 * (1 - np.eye(3))
-    for i, o in enumerate(observed):
-        q = np.array([float(log_p[i, c].exp()) * start[c, o] for c in range(3)])
-        np.testing.assert_allclose(truth[i], q / q.sum(), rtol=1e-12)
-    counts = np.zeros((3, 3))
-    for i, o in enumerate(observed):
-        counts[:, o] += truth[i].numpy()
-    rate = 1 - np.trace(counts) / counts.sum()
-    symmetric = (1 - rate) * np.eye(3) + rate * (1 - np.eye(3)) / 2
-    np.testing.assert_allclose(flips, (counts + 5 * symmetric) / (counts.sum(1, keepdims=True) + 5), rtol=1e-12)
+    truth, flips = _expectation(log_p, observed, iterations=2)
+    noise = 0.8 * np.eye(3) + 0.1 * (1 - np.eye(3))
+    for _ in range(2):
+        q = np.array([[float(log_p[i, c].exp()) * noise[c, o] for c in range(3)] for i, o in enumerate(observed)])
+        q /= q.sum(1, keepdims=True)
+        counts = np.zeros((3, 3))
+        for i, o in enumerate(observed):
+            counts[:, o] += q[i]
+        rate = 1 - np.trace(counts) / counts.sum()
+        symmetric = (1 - rate) * np.eye(3) + rate * (1 - np.eye(3)) / 2
+        noise = (counts + 5 * symmetric) / (counts.sum(1, keepdims=True) + 5)
+    np.testing.assert_allclose(truth, q, rtol=1e-10)
+    np.testing.assert_allclose(flips, noise, rtol=1e-10)
 
 
 def test_one_answer_cannot_be_wrong():

@@ -24,7 +24,7 @@ from forvalue_callbacks import (
     Reweight,
     prefilter,
 )
-from forvalue_callbacks.callback import SCORES_FILE
+from forvalue_callbacks.callback import SCORES_FILE, apply_policy
 from forvalue_callbacks.tiny import instructions
 
 TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
@@ -364,3 +364,11 @@ def test_settings_of_the_trainer_reach_the_scorer(tmp_path):
     assert settings["rows"].assistant_only_loss
     assert settings["config"].forward_dtype == "bfloat16"
     assert settings_of(args, ForValueConfig(forward_dtype="float16"))["config"].forward_dtype == "float16"
+
+
+def test_drop_auto_refuses_scores_that_are_no_log_odds():
+    scores = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN)
+    with pytest.raises(ValueError, match="direction='auto'"):
+        apply_policy(Drop("auto"), scores, TRAIN)
+    scores.metadata["noise"] = {"share": 0.5}
+    np.testing.assert_array_equal(apply_policy(Drop("auto"), scores, TRAIN) > 0, scores.values >= 0)

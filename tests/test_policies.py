@@ -227,3 +227,15 @@ def test_describe_tells_how_often_a_kept_row_is_drawn():
         "effective_sample_size": pytest.approx(16 / 6),
     }
     assert effective_sample_size(np.array([3.0, 3.0, 0.0])) == 2.0
+
+
+def test_drop_auto_drops_what_is_more_likely_noisy_than_clean():
+    scores = np.array([-2.0, -0.1, 0.0, 3.0, np.nan])
+    assert Drop("auto")(scores).tolist() == [0, 0, 1, 1, 0]
+    assert Drop("auto", group_column="label")(scores, ["a", "a", "b", "b", "b"]).tolist() == [0, 1, 1, 1, 0]
+    assert parse_policy("drop:auto@label") == Drop("auto", group_column="label")
+    assert str(Drop("auto").then(Reweight(0.5))) == "drop:auto+reweight:0.5"
+    assert Drop("auto").then(Reweight()).needs_log_odds
+    assert not Drop(0.2).then(Reweight()).needs_log_odds
+    with pytest.raises(ValueError, match="'auto'"):
+        Drop("all")
