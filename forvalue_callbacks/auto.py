@@ -147,7 +147,7 @@ def score_auto(
     halves = []
     for half in places:
         batches = batcher.labelled([items[i] for i in half], "held-out rows", all_ranks=True)
-        halves.append(Half.of(head, concatenate(list(batches)), ridge))
+        halves.append(Half.of(head, concatenate(batches), ridge))
     evidence = Evidence(batcher, head, held_out, halves, bos)
     clean = evidence.project(evidence.measure(held_out, "held-out rows")[0])
     copies = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -282,13 +282,14 @@ def tokens_per_batch(device: torch.device | None) -> int:
     return CPU_TOKENS if device is None or device.type == "cpu" else ACCELERATOR_TOKENS
 
 
-def concatenate(batches: list[Labelled]) -> Labelled:
-    """The labelled positions of all batches as one."""
+def concatenate(batches: Iterable[Labelled]) -> Labelled:
+    """The labelled positions of all batches as one; the states of the other positions go as each batch comes."""
+    parts = [replace(batch, states_BLD=None, prompt_BL=None) for batch in batches]
     return Labelled(
-        [item for batch in batches for item in batch.items],
-        [n for batch in batches for n in batch.lengths],
-        torch.cat([batch.hidden_TD for batch in batches]),
-        torch.cat([batch.labels_T for batch in batches]),
+        [item for part in parts for item in part.items],
+        [n for part in parts for n in part.lengths],
+        torch.cat([part.hidden_TD for part in parts]),
+        torch.cat([part.labels_T for part in parts]),
     )
 
 

@@ -248,7 +248,7 @@ class ForValueScorer:
             self.direction()  # prepares and checks what follows, the metric included
             metric = self._metric()
             items = self._validation()
-            validation = concatenate(list(self.batcher.labelled(items, "validation", all_ranks=True)))
+            validation = concatenate(self.batcher.labelled(items, "validation", all_ranks=True))
             metric_TD = None if metric is None else validation.hidden_TD.to(metric) @ metric
 
             def score(batch: Labelled) -> list[Tensor]:
@@ -337,7 +337,7 @@ class ForValueScorer:
         head = self.backbone.head()
         if self.config.fits_head:
             # Every rank fits for itself: validation sets are small, and the same fit needs no exchange.
-            positions = concatenate(list(self.batcher.labelled(items, "validation", all_ranks=True)))
+            positions = concatenate(self.batcher.labelled(items, "validation", all_ranks=True))
             self.fit = fit_head(head, positions.hidden_TD, positions.labels_T, positions.rows_T)
             if self.fit.ridge == np.inf:
                 logger.warning("no move of the head predicts held-out validation rows better: use another direction")

@@ -210,7 +210,7 @@ def test_what_is_measured_on_a_row_is_that_of_the_row_alone():
     items = scorer._validation()
     head = scorer.backbone.head()
     with torch.no_grad():
-        halves = [Half.of(head, concatenate(list(scorer.batcher.labelled(items[h::2]))), 0.01) for h in (0, 1)]
+        halves = [Half.of(head, concatenate(scorer.batcher.labelled(items[h::2])), 0.01) for h in (0, 1)]
         evidence = Evidence(scorer.batcher, head, prepared(held_out), halves, bos=1)
         measured, reasons, _ = evidence.measure(rows, "rows")
     assert reasons == [None] * 8

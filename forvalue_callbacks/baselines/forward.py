@@ -113,20 +113,9 @@ def _log_likelihoods(model: nn.Module, items: list[ModelRow]) -> Tensor:
             hidden_BLD, predicts = backbone.hidden_states(batch.inputs), batch.predicts
             hidden_TD, labels_T = hidden_BLD[:, :-1][predicts], batch.labels[:, 1:][predicts]
             log_p_BL = torch.zeros(predicts.shape, dtype=torch.float64, device=predicts.device)
-            log_p_BL[predicts] = _log_p(head, hidden_TD, labels_T).double()
+            log_p_BL[predicts] = core.log_likelihood_tokens(head, hidden_TD, labels_T).double()
             out[batch.index] = log_p_BL.sum(1).cpu()
     return out
-
-
-def _log_p(head: core.Head, hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
-    """`log_softmax(logits)[t, labels[t]]`, (T,), a tile of tokens at a time."""
-    out = []
-    for lo in range(0, len(hidden_TD), core.TOKEN_TILE):
-        hidden = hidden_TD[lo : lo + core.TOKEN_TILE].to(core.working_dtype(head.weight, hidden_TD))
-        labels = labels_T[lo : lo + core.TOKEN_TILE]
-        logits = head.logits(hidden)
-        out.append(logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(1))
-    return torch.cat(out) if out else hidden_TD.new_zeros(0)
 
 
 def _counts(items: list[ModelRow]) -> Tensor:
