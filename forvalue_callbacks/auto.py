@@ -99,11 +99,9 @@ def score_labels(
         "answers": len(numbers),
         "report": report,
     }
-    n = len(reasons)
-    values, log_likelihood, n_labelled = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
-    values[index], log_likelihood[index] = fit.log_odds, [row[2] for row in rows]
-    n_labelled[index] = [row[3] for row in rows]
-    return ForValueScores(values, reasons, log_likelihood, n_labelled, {"noise": noise}), data_hash
+    _, _, log_likelihood, n_labelled, _ = zip(*rows, strict=True)
+    scores = ForValueScores.of_scored(reasons, index, fit.log_odds, log_likelihood, n_labelled, {"noise": noise})
+    return scores, data_hash
 
 
 def _answer(labels: np.ndarray) -> bytes:
@@ -213,10 +211,6 @@ def _scores(
     share = np.zeros(len(parts))
     share[useful] = shares(log_p[:, useful], len(clean.index))
 
-    n = len(reasons)
-    values, log_likelihood, n_labelled = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
-    values[train.index], log_likelihood[train.index] = log_odds(log_p, share), train.log_likelihood
-    n_labelled[train.index] = train.n_labelled
     report = _report(found, share, len(clean.index))
     noise = {
         "share": float(1 - share[0]),
@@ -227,7 +221,9 @@ def _scores(
     for line in report:
         if "do not filter" in line:
             logger.warning(line)
-    return ForValueScores(values, list(reasons), log_likelihood, n_labelled, {"noise": noise})
+    return ForValueScores.of_scored(
+        list(reasons), train.index, log_odds(log_p, share), train.log_likelihood, train.n_labelled, {"noise": noise}
+    )
 
 
 def _report(found: dict[str, dict[str, Any]], share: np.ndarray, n_rows: int) -> list[str]:

@@ -52,6 +52,22 @@ class ForValueScores:
             if np.isnan(value) != (reason is not None):
                 raise ValueError(f"row {row} has the score {value} and the reason {reason!r}: exactly one is needed")
 
+    @classmethod
+    def of_scored(
+        cls,
+        reasons: list[str | None],
+        index: Any,
+        values: Any,
+        log_likelihood: Any,
+        n_labelled: Any,
+        metadata: dict[str, Any],
+    ) -> ForValueScores:
+        """Scores of the rows at the places `index`; all others have a reason, get NaN and no labelled tokens."""
+        n = len(reasons)
+        scores, likelihoods, lengths = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
+        scores[index], likelihoods[index], lengths[index] = values, log_likelihood, n_labelled
+        return cls(scores, reasons, likelihoods, lengths, metadata)
+
     def __len__(self) -> int:
         return len(self.values)
 
