@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -60,6 +61,9 @@ class Labelled:
     labels_T: Tensor
     states_BLD: Tensor | None = None  # at all positions, padding included; None once batches are concatenated
     prompt_BL: Tensor | None = None  # the positions up to the one that predicts the first label
+
+    def without_states(self) -> Labelled:
+        return replace(self, states_BLD=None, prompt_BL=None)
 
     @property
     def index(self) -> list[int]:
@@ -221,33 +225,69 @@ class Batcher:
             yield batch
 
     def map(
-        self, dataset: Iterable[Mapping[str, Any] | Row], fn: Callable[[Labelled], Sequence[Any]], description: str
+        self,
+        dataset: Iterable[Mapping[str, Any] | Row],
+        fn: Callable[[Labelled], Sequence[Any]],
+        description: str,
+        *,
+        positions: int = 0,
     ) -> tuple[dict[int, Any], list[str | None], str]:
         """`fn` on every batch of the data set.
 
         Returns the result of each scored row by index, the reason of each row that was not, and the data's hash.
         """
         results: dict[int, Any] = {}
-        failed: dict[int, str] = {}
         reasons: list[str | None] = []
         hasher = xxhash.xxh3_64()
-        bar = self._bar(len(dataset) if isinstance(dataset, Sized) else None, description)
-        stream = self.items(dataset)
-        while window := list(islice(stream, WINDOW)):
+        for window, found in self.windows(dataset, fn, description, positions=positions):
+            results |= found
             for item, reason in window:
                 reasons.append(reason)
                 hasher.update(item.hash().encode())
+        return results, reasons, hasher.hexdigest()
+
+    def windows(
+        self,
+        dataset: Iterable[Mapping[str, Any] | Row],
+        fn: Callable[[Labelled], Sequence[Any]],
+        description: str,
+        *,
+        positions: int = 0,
+    ) -> Iterator[tuple[list[tuple[Item, str | None]], dict[int, Any]]]:
+        """`map` a window of rows at a time, in their order, so that a caller need not keep all results.
+
+        Args:
+            positions: `fn` is called on so many labelled positions at least, those of several batches (`joined`).
+
+        Yields:
+            the items with the reason of each that could not be scored, and the results of the others by index.
+        """
+        bar = self._bar(len(dataset) if isinstance(dataset, Sized) else None, description)
+        for window in self._read(dataset):
+            results: dict[int, Any] = {}
+            failed: dict[int, str] = {}
             items = [item for item, reason in window if reason is None]
             bar.update(len(window) - len(items))
-            for batch in self.labelled(items, None, bar=bar, failed=failed):
+            for batch in joined(self.labelled(items, None, bar=bar, failed=failed), positions):
                 results.update(zip(batch.index, fn(batch), strict=True))
+            if world()[1] > 1:
+                results = dict(pair for part in gather_object([list(results.items())]) for pair in part)
+                failed = dict(pair for part in gather_object([list(failed.items())]) for pair in part)
+            yield [(item, failed.get(item.index, reason)) for item, reason in window], results
         bar.close()
-        if world()[1] > 1:
-            results = dict(pair for part in gather_object([list(results.items())]) for pair in part)
-            failed = dict(pair for part in gather_object([list(failed.items())]) for pair in part)
-        for index, reason in failed.items():
-            reasons[index] = reason
-        return results, reasons, hasher.hexdigest()
+
+    def _read(self, dataset: Iterable[Mapping[str, Any] | Row]) -> Iterator[list[tuple[Item, str | None]]]:
+        """Windows of items; the next one is tokenised in a thread while the model runs over this one."""
+        stream = self.items(dataset)
+        if self.data_collator is not None:  # the batches of this window need it too, and it may not bear two threads
+            while window := list(islice(stream, WINDOW)):
+                yield window
+            return
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(lambda: list(islice(stream, WINDOW)))
+            while window := ahead.result():
+                ahead = reader.submit(lambda: list(islice(stream, WINDOW)))
+                yield window
 
     def _bar(self, total: int | None, description: str | None) -> Any:
         disable = None if self.progress and world()[0] == 0 else True
@@ -282,9 +322,27 @@ def tokens_per_batch(device: torch.device | None) -> int:
     return CPU_TOKENS if device is None or device.type == "cpu" else ACCELERATOR_TOKENS
 
 
+def joined(batches: Iterable[Labelled], positions: int) -> Iterator[Labelled]:
+    """Batches put together until they have so many labelled positions; 0: as they come, with all their states.
+
+    The head is read once for all of them: a batch of prompts with short answers has too few positions to be worth it.
+    """
+    if positions == 0:
+        yield from batches
+        return
+    parts: list[Labelled] = []
+    for batch in batches:
+        parts.append(batch.without_states())
+        if sum(len(part.labels_T) for part in parts) >= positions:
+            yield concatenate(parts)
+            parts = []
+    if parts:
+        yield concatenate(parts)
+
+
 def concatenate(batches: Iterable[Labelled]) -> Labelled:
     """The labelled positions of all batches as one; the states of the other positions go as each batch comes."""
-    parts = [replace(batch, states_BLD=None, prompt_BL=None) for batch in batches]
+    parts = [batch.without_states() for batch in batches]
     return Labelled(
         [item for part in parts for item in part.items],
         [n for part in parts for n in part.lengths],

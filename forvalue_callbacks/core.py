@@ -25,6 +25,9 @@ from torch import Tensor
 # the two products that fill it are still large enough to run at full speed.
 TOKEN_TILE = 1024
 VOCAB_BLOCK = 2048
+# Pairs of positions: errors of PAIR_TILE x VOCAB_BLOCK on both sides are made for a product of PAIR_TILE x PAIR_TILE,
+# so that making them costs 2 D / PAIR_TILE of it. 64 MB for the product, 32 MB for each side.
+PAIR_TILE = 4096
 # On an accelerator a product must be larger to outweigh its launch: 128 MB.
 ACCELERATOR_TOKEN_TILE, ACCELERATOR_VOCAB_BLOCK = 4096, 8192
 HALF = (torch.bfloat16, torch.float16)
@@ -104,13 +107,15 @@ def product(hidden_TD: Tensor, matrix_CD: Tensor) -> Tensor:
     return torch.mm(hidden_TD, matrix_CD.T, out_dtype=torch.float32)
 
 
+def tile_for(device: torch.device) -> int:
+    """How many positions meet a block of the vocabulary at once."""
+    return TOKEN_TILE if device.type == "cpu" else ACCELERATOR_TOKEN_TILE
+
+
 def _sizes(like: Tensor, token_tile: int | None, vocab_block: int | None) -> tuple[int, int]:
     """Tile and block as given, or by the device."""
-    on_cpu = like.device.type == "cpu"
-    return (
-        token_tile or (TOKEN_TILE if on_cpu else ACCELERATOR_TOKEN_TILE),
-        vocab_block or (VOCAB_BLOCK if on_cpu else ACCELERATOR_VOCAB_BLOCK),
-    )
+    block = VOCAB_BLOCK if like.device.type == "cpu" else ACCELERATOR_VOCAB_BLOCK
+    return token_tile or tile_for(like.device), vocab_block or block
 
 
 def _blocks(n: int, size: int) -> Iterator[slice]:
@@ -351,7 +356,7 @@ def score_pairs(
     states in `<h, h'>` (for a score in another metric, `<h, M h'>`).
     """
     dtype = working_dtype(head.weight, hidden_TD, other_hidden_TD)
-    token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
+    token_tile, vocab_block = _sizes(hidden_TD, token_tile or PAIR_TILE, vocab_block)
     out = torch.zeros(n_rows, n_other_rows, dtype=torch.float64, device=hidden_TD.device)
     others = [(tile, other_hidden_TD[tile].to(dtype)) for tile in _blocks(len(other_hidden_TD), token_tile)]
     other_log_norms = [log_normalizer(head, other_hidden, vocab_block) for _, other_hidden in others]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from accelerate.utils import reduce
+from accelerate.utils import reduce, wait_for_everyone
+from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from . import core
 from .auto import REPEATED, score_auto, score_labels, share_repeated
-from .batching import Batcher, Item, Labelled, concatenate, world
+from .batching import Batcher, Item, Labelled, concatenate, joined, world
 from .corruption import word_starts
 from .evidence import OVERFLOW
 from .fitting import Fit, fit_head
@@ -182,7 +184,9 @@ class ForValueScorer:
                     values = values / square.clamp(min=1e-30).sqrt().cpu().numpy()
                 return list(zip(values.tolist(), log_p.tolist(), batch.lengths, strict=True))
 
-            results, reasons, data_hash = self.batcher.map(dataset, score, "scoring")
+            results, reasons, data_hash = self.batcher.map(
+                dataset, score, "scoring", positions=core.tile_for(head.weight.device)
+            )
         values = np.full(len(reasons), np.nan)
         log_likelihood = np.full(len(reasons), np.nan)
         n_labelled = np.zeros(len(reasons), dtype=np.int64)
@@ -229,20 +233,31 @@ class ForValueScorer:
                 score_T, _ = self._score_tokens(head, direction, batch)
                 return list(score_T.double().cpu().split(batch.lengths))
 
-            results, reasons, _ = self.batcher.map(dataset, score, "scoring tokens")
+            results, reasons, _ = self.batcher.map(
+                dataset, score, "scoring tokens", positions=core.tile_for(head.weight.device)
+            )
         return [results.get(i, torch.zeros(0, dtype=torch.float64)) for i in range(len(reasons))]
 
-    def pairwise(self, dataset: Iterable[Mapping[str, Any]]) -> Tensor:
+    def pairwise(self, dataset: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Tensor:
         """Score of every row against every validation row, float64 (rows of dataset, rows of validation).
 
         `pairwise(...).nanmean(1)` equals `score(...).values` with `normalize="none"`. NaN for rows of either side that
         cannot be scored. The validation set's labelled hidden states are kept in memory: tokens x d.
+
+        Args:
+            path: a `.npy` file to write to, 4,096 rows at a time, for more pairs than the memory holds. The tensor
+                that is returned then lies in that file, as does `numpy.load(path, mmap_mode="r")`.
+
+        Raises:
+            ValueError: a direction or option without pairs; a path, and a data set without a length.
         """
         self._refuse_log_odds("pairwise scores")
         if self.config.normalize != "none" or self.config.vocab != "full" or self.config.fits_head:
             raise ValueError(
                 "pairwise scores are defined for direction='gradient' or 'whitened', normalize='none', vocab='full'."
             )
+        if path is not None and not isinstance(dataset, Sized):
+            raise ValueError("pairwise(path=...) writes a file of known size: give a data set with a length.")
         with left_as_found(self.backbone.model):
             head = self.backbone.head()
             self.direction()  # prepares and checks what follows, the metric included
@@ -267,11 +282,24 @@ class ForValueScorer:
                     ).cpu()
                 )
 
-            results, reasons, _ = self.batcher.map(dataset, score, "scoring pairs")
-        out = torch.full((len(reasons), self._n_validation), torch.nan, dtype=torch.float64)
-        for i, row in results.items():
-            out[i, validation.index] = row
-        return out
+            first_rank = world()[0] == 0
+            if path is not None and first_rank:
+                assert isinstance(dataset, Sized)
+                open_memmap(path, "w+", np.float64, (len(dataset), self._n_validation))
+            blocks, n = [torch.zeros(0, self._n_validation, dtype=torch.float64)], 0
+            for window, results in self.batcher.windows(dataset, score, "scoring pairs", positions=core.PAIR_TILE):
+                block = torch.full((len(window), self._n_validation), torch.nan, dtype=torch.float64)
+                for i, row in results.items():
+                    block[i - n, validation.index] = row
+                if path is None:
+                    blocks.append(block)
+                elif first_rank:  # opened anew for each window: pages that stay mapped would count as memory
+                    open_memmap(path, "r+")[n : n + len(window)] = block.numpy()
+                n += len(window)
+        if path is None:
+            return torch.cat(blocks)
+        wait_for_everyone()
+        return torch.from_numpy(open_memmap(path, "r+"))
 
     def direction(self) -> Tensor:
         """How the head moves, float32 (V, d) (float64 for a float64 model), computed once: D, or the fitted move."""
@@ -349,7 +377,8 @@ class ForValueScorer:
             head.weight.shape[1], head.weight.shape[1], dtype=torch.float64, device=total_VD.device
         )
         n_rows = n_tokens = 0
-        for batch in self.batcher.labelled(items, "validation direction"):
+        batches = self.batcher.labelled(items, "validation direction")
+        for batch in joined(batches, core.tile_for(head.weight.device)):
             core.add_gradient(total_VD, head, batch.hidden_TD, batch.labels_T)
             n_rows += len(batch.index)
             if whiten:

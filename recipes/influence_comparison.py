@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import peft
 import torch
-from influence_report import CLOCKS, ONE_SCORE, ComparisonConfig, Result
+from datasets import Dataset
+from influence_report import ONE_SCORE, ComparisonConfig, Measured, Meter, Result
 from scipy.stats import rankdata
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, baselines
 from forvalue_callbacks.baselines.batches import batches, prepared
+from forvalue_callbacks.batching import pad
 from forvalue_callbacks.core import Head
 from forvalue_callbacks.head import Backbone
 
@@ -29,6 +32,7 @@ LORA_METHODS: dict[str, Callable[..., Tensor]] = {
 }
 SCHULZ = "HyperINF, 30 Schulz steps"
 TRACIN_CP = "TracIn, all checkpoints"
+NOTHING = Measured(None, 0.0, None)
 
 
 class Labels(NamedTuple):
@@ -40,6 +44,57 @@ class Labels(NamedTuple):
     clean_N: np.ndarray | None = None
     observed_N: np.ndarray | None = None
     validation_M: np.ndarray | None = None
+
+    def of(self, columns: list[int] | slice) -> Labels:
+        """The same for some of the validation rows."""
+        validation_M = None if self.validation_M is None else self.validation_M[columns]
+        return self._replace(relevant_NM=self.relevant_NM[:, columns], validation_M=validation_M)
+
+    def first_of_each(self) -> list[int]:
+        """The first validation row of each kind."""
+        return sorted(np.unique(self.relevant_NM, axis=1, return_index=True)[1].tolist())
+
+
+def mirrored(model: nn.Module, rows: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Tensor:
+    return torch.stack([baselines.mirrored(model, rows, [row]) for row in validation], 1)
+
+
+def forward_only(model: nn.Module, rows: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Tensor:
+    """By symmetry each validation row is simulated, not each training row; the Hessian of 20 training rows."""
+    few = rows[:: max(1, len(rows) // 20)]
+    return baselines.forward_only_inference(model, validation, rows, training=few, iterations=20).T
+
+
+def in_run(model: nn.Module, rows: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Tensor:
+    """Over one epoch by SGD, which is what its equations are for; the model gets its weights back."""
+    callback = baselines.InRunShapleyCallback(rows, validation)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    arguments = TrainingArguments(
+        "outputs/in_run", num_train_epochs=1, per_device_train_batch_size=64, learning_rate=3e-4, optim="sgd",
+        report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    Trainer(model, arguments, collate, Dataset.from_list(rows), callbacks=[callback]).train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in before:
+                p.copy_(before[name])
+    model.eval()
+    return callback.pairwise
+
+
+COSTLY = {
+    "mirrored influence": mirrored,
+    "forward-only inference, 20 iterations": forward_only,
+    "In-Run Shapley, one epoch": in_run,
+}
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return pad(prepared(rows))
+
+
+def max_of(*values: float | None) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 class Rows(NamedTuple):
@@ -85,22 +140,10 @@ def quality(scores_NM: Tensor, labels: Labels) -> dict[str, float | None]:
     }
 
 
-class Stopwatch:
-    """Seconds of a call, by the clock of the config."""
-
-    def __init__(self, clock: str):
-        self.now = CLOCKS[clock]
-
-    def __call__(self, function: Callable[[], Any]) -> tuple[Any, float]:
-        started = self.now()
-        out = function()
-        return out, self.now() - started
-
-
-def directions() -> list[str]:
-    """All directions that the scorer knows."""
+def directions(noisy: bool) -> list[str]:
+    """All directions that the scorer knows; those whose scores say that a row is clean where rows are not only."""
     (spec,) = (spec for spec in dataclasses.fields(ForValueConfig) if spec.name == "direction")
-    return list(spec.metadata["choices"])
+    return [name for name in spec.metadata["choices"] if noisy or not ForValueConfig(direction=name).gives_log_odds]
 
 
 def with_lora(model: nn.Module, config: ComparisonConfig, seed: int) -> nn.Module:
@@ -166,19 +209,27 @@ def compare(
     n, m = labels.relevant_NM.shape
     results: list[Result] = []
     notes: list[str] = []
-    timed = Stopwatch(config.clock)
-    evaluation_s = min(timed(lambda: baselines.loss(model, [*rows.train, *rows.validation]))[1] for _ in range(2))
+    meter = Meter(config.clock)
+    evaluation_s = min(meter(lambda: baselines.loss(model, [*rows.train, *rows.validation])).seconds for _ in range(2))
 
     def add(
-        method: str, scores: Tensor, scoring_s: float, checkpoint=None, training=0.0, gradients=0.0, loss_now=None
-    ):
-        scores = scores if scores.ndim == 2 else scores[:, None].expand(n, m)
-        passes = (training + gradients + scoring_s) / evaluation_s
-        measured = quality(scores, labels)
+        method: str,
+        scoring: Measured,
+        checkpoint: int | None = None,
+        training: Measured = NOTHING,
+        gradients: Measured = NOTHING,
+        columns: list[int] | slice = slice(None),
+    ) -> None:
+        scores = scoring.value if scoring.value.ndim == 2 else scoring.value[:, None].expand(n, m)[:, columns]
+        phases = (training, gradients, scoring)
+        measured = quality(scores, labels.of(columns))
         results.append(
             Result(
-                task, seed, method, checkpoint, **measured, training_s=training, gradients_s=gradients,
-                scoring_s=scoring_s, evaluation_passes=passes, training_loss=loss_now,
+                task, seed, method, checkpoint, **measured, training_s=training.seconds,
+                gradients_s=gradients.seconds, scoring_s=scoring.seconds,
+                evaluation_passes=sum(phase.seconds for phase in phases) / evaluation_s,
+                peak_mib=max_of(*(phase.peak_mib for phase in phases)),
+                training_loss=training.value,
             )
         )  # fmt: skip
         where = "" if checkpoint is None else f" after {checkpoint} epochs"
@@ -188,7 +239,7 @@ def compare(
         "": lambda scorer: scorer.pairwise(rows.scorer_train),
         ONE_SCORE: lambda scorer: torch.from_numpy(scorer.score(rows.scorer_train).values),
     }
-    for direction in directions():
+    for direction in directions(labels.clean_N is not None):
         for suffix, call in calls.items():
             scorer = ForValueScorer(
                 model,
@@ -198,31 +249,39 @@ def compare(
                 progress=False,
             )
             try:
-                add(f"For-Value, {direction}{suffix}", *timed(partial(call, scorer)))
+                add(f"For-Value, {direction}{suffix}", meter(partial(call, scorer)))
             except ValueError as error:
                 notes.append(f"{task}, seed {seed}: For-Value, {direction}{suffix}: {error}")
     for method, score in cheap.items():
-        add(method, *timed(score))
+        add(method, meter(score))
 
     model = with_lora(model, config, seed)
+    if config.costly:
+        columns = labels.first_of_each()
+        some = [rows.validation[j] for j in columns]
+        for method, score in COSTLY.items():
+            name = f"{method} ({len(some)} validation rows)"
+            try:
+                add(name, meter(partial(score, model, rows.train, some)), 0, columns=columns)
+            except ValueError as error:  # the simulation diverges
+                notes.append(f"{task}, seed {seed}: {name}: {error}")
     epochs = train_epochs(model, rows.train, config, seed)
-    training_s = all_gradients_s = 0.0
-    loss_now, rates = None, list[float]()
+    training, all_gradients = NOTHING, NOTHING
+    rates = list[float]()
     over_checkpoints = torch.zeros(n, m)
     for checkpoint in range(config.epochs + 1):
         if checkpoint > 0:
-            (loss_now, rate), seconds = timed(partial(next, epochs))
-            training_s += seconds
+            (loss_now, rate), seconds, peak = meter(partial(next, epochs))
+            training = Measured(loss_now, training.seconds + seconds, max_of(training.peak_mib, peak))
             rates.append(rate)
         if checkpoint not in config.checkpoints:
             continue
-        sides, gradients_s = timed(
-            lambda: tuple(baselines.gradients(model, side) for side in (rows.train, rows.validation))
-        )
+        gradients = meter(lambda: tuple(baselines.gradients(model, side) for side in (rows.train, rows.validation)))
+        sides = gradients.value
         residuals: dict[str, float] = {}
         published = partial(baselines.hyperinf, iterations=30, residuals=residuals)
         for method, influence in {**LORA_METHODS, SCHULZ: published}.items():
-            add(method, *timed(partial(influence, *sides)), checkpoint, training_s, gradients_s, loss_now)
+            add(method, meter(partial(influence, *sides)), checkpoint, training, gradients)
         values = sorted(residuals.values())
         notes.append(
             f"{task}, seed {seed}, after {checkpoint} epochs: residuals of HyperINF's 30 Schulz steps, "
@@ -232,8 +291,9 @@ def compare(
             # Each checkpoint stands for the epochs since the one before it.
             over_checkpoints += sum(rates) * baselines.tracin(*sides).cpu()
             rates.clear()
-            all_gradients_s += gradients_s
+            peak = max_of(all_gradients.peak_mib, gradients.peak_mib)
+            all_gradients = Measured(None, all_gradients.seconds + gradients.seconds, peak)
     kept = sum(g.numel() * g.element_size() for side in sides for g in side.values()) / 2**20
     notes.append(f"{task}, seed {seed}: the per-sample gradients of one checkpoint take {kept:.0f} MiB")
-    add(TRACIN_CP, over_checkpoints, 0.0, config.epochs, training_s, all_gradients_s, loss_now)
+    add(TRACIN_CP, Measured(over_checkpoints, 0.0, None), config.epochs, training, all_gradients)
     return results, notes

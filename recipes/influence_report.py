@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import platform
+import re
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,13 @@ class ComparisonConfig:
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Modules that LoRA adapts."}
     )
+    costly: bool = field(
+        default=False,
+        metadata={
+            "help": "Also methods that cost minutes for each validation row (mirrored influence, forward-only "
+            "inference, In-Run Shapley), on the first validation row of each label."
+        },
+    )
     clock: str = field(
         default="wall", metadata={"help": "Time is 'wall' time, or 'cpu' time (of all threads) on a busy machine."}
     )
@@ -46,6 +54,36 @@ class ComparisonConfig:
     def __post_init__(self) -> None:
         known("clock", [self.clock], CLOCKS)
         self.checkpoints = sorted({c for c in self.checkpoints if c < self.epochs} | {self.epochs})
+
+
+class Measured(NamedTuple):
+    value: Any
+    seconds: float
+    peak_mib: float | None  # memory of the accelerator, or of the process on a CPU, the model included
+
+
+class Meter:
+    """Seconds of a call, by the clock of the config, and its peak memory."""
+
+    def __init__(self, clock: str):
+        self.now = CLOCKS[clock]
+
+    def __call__(self, function: Callable[[], Any]) -> Measured:
+        on_device = torch.accelerator.is_available()
+        status = Path("/proc/self/status")
+        if on_device:
+            torch.accelerator.reset_peak_memory_stats()
+        elif status.exists():
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+        started = self.now()
+        out = function()
+        seconds = self.now() - started
+        peak = None
+        if on_device:
+            peak = torch.accelerator.max_memory_allocated() / 2**20
+        elif status.exists() and (found := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+            peak = int(found[1]) / 1024
+        return Measured(out, seconds, peak)
 
 
 def known(name: str, values: Sequence[str], choices: Any) -> None:
@@ -72,6 +110,7 @@ class Result(NamedTuple):
     gradients_s: float
     scoring_s: float
     evaluation_passes: float
+    peak_mib: float | None = None  # of training, gradients and scoring the largest
     training_loss: float | None = None
 
 
@@ -101,6 +140,8 @@ def summary(results: list[Result]) -> list[dict[str, Any]]:
             line["auc_seeds"] = float(np.std([r.auc for r in rows]))
             for name in ("training_s", "gradients_s", "scoring_s", "evaluation_passes"):
                 line[name] = float(np.median([getattr(r, name) for r in rows]))
+            peaks = [r.peak_mib for r in rows if r.peak_mib is not None]
+            line["peak"] = f"{max(peaks):.0f}" if peaks else ""
             lines.append(line)
     return lines
 
@@ -134,7 +175,8 @@ def markdown(config: ComparisonConfig, head: str, results: list[Result], notes: 
         "",
         "AUC and recall: mean ± standard deviation over validation rows; `seeds` is the standard deviation of the "
         "mean AUC over seeds. `checkpoints` is the range of the AUC over the checkpoints, the untrained one included. "
-        "Seconds are medians over seeds, for all pairs; `passes` is their sum in evaluation passes over all rows. "
+        "Seconds are medians over seeds, for all pairs; `passes` is their sum in evaluation passes over all rows; "
+        "`peak MiB` is the memory of the whole process (model, rows, kept gradients) at its largest. "
         "Methods with one score per row (`score()`, loss, IFD, ...) cannot tell classes apart: 0.5 by construction "
         "where classes are equally large, listed for their cost.",
     ]
@@ -145,7 +187,7 @@ def markdown(config: ComparisonConfig, head: str, results: list[Result], notes: 
         )
     columns = [
         "method", "AUC", "seeds", "recall", *(["noise", "within"] if noisy else []),
-        "checkpoints", "training s", "gradients s", "scoring s", "passes",
+        "checkpoints", "training s", "gradients s", "scoring s", "passes", "peak MiB",
     ]  # fmt: skip
     for task in dict.fromkeys(line["task"] for line in lines):
         out += ["", f"## {task}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -163,6 +205,7 @@ def markdown(config: ComparisonConfig, head: str, results: list[Result], notes: 
                     line["span"],
                     *(f"{line[name]:.2f}" for name in ("training_s", "gradients_s", "scoring_s")),
                     f"{line['evaluation_passes']:.1f}",
+                    line["peak"],
                 ]
                 out.append(f"| {' | '.join(cells)} |")
     out += ["", "## Cost", "", *(f"- {text}" for text in ratios(lines))]

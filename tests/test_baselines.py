@@ -366,6 +366,10 @@ def test_forward_only_inference_converges_to_the_damped_inverse_of_the_true_hess
     want = g @ torch.linalg.solve(damped, q.T)
     assert max(residuals) < 1e-6
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+    # By itself: damped by the largest eigenvalue, as eight steps of the power method find it.
+    got = baselines.forward_only_inference(model, rows, queries, iterations=60, step=1e-5)
+    want = g @ torch.linalg.solve(hessian + highest * torch.eye(len(start), dtype=start.dtype), q.T)
+    torch.testing.assert_close(got, want, rtol=0.1, atol=0.05 * float(want.abs().max()))
     with pytest.raises(ValueError, match="diverges"):
         baselines.forward_only_inference(model, rows, queries, damping=damping, learning_rate=9 * rate)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
-from forvalue_callbacks import TINY_MODEL, ForValueConfig
+from forvalue_callbacks import TINY_MODEL, ForValueConfig, baselines
 from forvalue_callbacks.batching import pad
 from forvalue_callbacks.core import Head
-from forvalue_callbacks.rows import Row
+from forvalue_callbacks.rows import Row, RowConfig, RowPreparer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -34,6 +34,7 @@ def load(name):
 
 
 tasks = load("influence_tasks")
+report = load("influence_report")
 comparison = load("influence_comparison")
 recipe = load("compare_influence")
 
@@ -148,6 +149,39 @@ def test_lora_training_takes_the_steps_of_the_models_own_loss():
     assert want[2] < want[0]
 
 
+@pytest.mark.parametrize("method", list(comparison.COSTLY))
+def test_costly_methods_agree_with_tracin_at_the_start_and_leave_the_model_as_it_was(method):
+    """One small step, and a Hessian that is small beside its damping: what is left of all three is `<g_v, g_z>`."""
+    prepare = RowPreparer(AutoTokenizer.from_pretrained(TINY_MODEL), RowConfig())
+    rows = [recipe.tokenised(prepare(row)) for row in tasks.task_rows("math", 0, 1, 1)[0][:6]]
+    config = comparison.ComparisonConfig()
+    model = comparison.with_lora(AutoModelForCausalLM.from_pretrained(TINY_MODEL), config, 0)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    got = comparison.COSTLY[method](model, rows[:4], rows[4:])
+    want = baselines.tracin(*(baselines.gradients(model, side) for side in (rows[:4], rows[4:])))
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    assert not model.training
+    cosine = torch.nn.functional.cosine_similarity(got.flatten().double(), want.flatten().double(), 0)
+    assert cosine > 0.98
+
+
+def test_a_label_s_first_validation_row_stands_for_it():
+    relevant = np.eye(3, dtype=bool)[[0, 0, 1, 2]][:, [2, 2, 0, 1, 0]]
+    labels = comparison.Labels(relevant, validation_M=np.arange(5))
+    assert labels.first_of_each() == [0, 2, 3]
+    some = labels.of([0, 2, 3])
+    assert some.relevant_NM.shape == (4, 3)
+    assert some.validation_M.tolist() == [0, 2, 3]
+
+
+def test_the_meter_sees_the_memory_of_the_call_alone():
+    meter = report.Meter("wall")
+    large = meter(lambda: bool(torch.ones(50_000_000).sum()))  # 200 MB
+    small = meter(lambda: 1)
+    if large.peak_mib is not None:
+        assert large.peak_mib - small.peak_mib > 150
+
+
 @pytest.mark.parametrize("head", [{}, {"scale": 0.5}, {"softcap": 3.0}])
 def test_differentiable_logits_are_those_of_the_head(head):
     weight, hidden = torch.randn(7, 4), torch.randn(5, 4, requires_grad=True)
@@ -158,9 +192,10 @@ def test_differentiable_logits_are_those_of_the_head(head):
 
 
 def test_every_direction_of_the_config_is_compared():
-    for direction in comparison.directions():
+    for direction in comparison.directions(noisy=True):
         ForValueConfig(direction=direction)
-    assert {"gradient", "whitened"} <= set(comparison.directions())
+    assert set(comparison.directions(noisy=True)) - set(comparison.directions(noisy=False)) == {"auto", "labels"}
+    assert {"gradient", "whitened"} <= set(comparison.directions(noisy=False))
 
 
 def test_the_yaml_is_the_papers_benchmark_and_parses():

@@ -47,8 +47,8 @@ def forward_only_inference(
     queries: Rows,
     *,
     training: Rows | None = None,
-    damping: float = 1.0,
-    learning_rate: float = 0.1,
+    damping: float | None = None,
+    learning_rate: float | None = None,
     iterations: int = 50,
     step: float = 1e-3,
     residuals: list[float] | None = None,
@@ -65,8 +65,9 @@ def forward_only_inference(
 
     Args:
         training: rows of the Hessian; None: `rows`.
-        damping: added to H, which has negative eigenvalues too: too little, and the simulation diverges.
-        learning_rate: eta, below `2 / (largest eigenvalue of H + damping)`.
+        damping: added to H, which has negative eigenvalues too: too little, and the simulation diverges. None: as
+            large as its largest eigenvalue in absolute value, found by 8 products, which is always enough.
+        learning_rate: eta, below `2 / (largest eigenvalue of H + damping)`. None: half of that.
         step: length of each move, relative to that of all trainable parameters.
         residuals: filled with `||H D + damping D - g_z|| / ||g_z||` of each row.
 
@@ -78,6 +79,10 @@ def forward_only_inference(
     parameters = _trainable(model)
     out = torch.zeros(len(items), len(query_items), dtype=torch.float64)
     with left_as_found(model):
+        if damping is None or learning_rate is None:
+            largest = _largest_eigenvalue(model, training_items, parameters, step)
+            damping = largest if damping is None else damping
+            learning_rate = 1 / (largest + damping) if learning_rate is None else learning_rate
         for i, item in enumerate(items):
             target = _gradient(model, [item], parameters)
             response = [torch.zeros_like(g) for g in target]
@@ -158,6 +163,18 @@ def _gradient(model: nn.Module, items: list[ModelRow], parameters: Sequence[nn.P
         for out, g in zip(total, torch.autograd.grad(value, list(parameters)), strict=True):
             out.add_(g)
     return total
+
+
+def _largest_eigenvalue(
+    model: nn.Module, items: list[ModelRow], parameters: Sequence[nn.Parameter], step: float
+) -> float:
+    """Of the Hessian, in absolute value: by the power method from the gradient."""
+    vector, value = _gradient(model, items, parameters), 0.0
+    for _ in range(8):
+        length = _norm(vector)
+        vector = _hessian_product(model, items, parameters, [v / length for v in vector], step)
+        value = _norm(vector)
+    return value
 
 
 def _hessian_product(
