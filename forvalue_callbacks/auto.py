@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import core
-from .batching import Batcher, Item, Labelled, concatenate
+from .batching import Batcher, Item, Labelled, answer_of, concatenate
 from .calibration import USEFUL_AUC, fit_classifier, log_odds, shares
 from .corruption import KINDS, corrupted
 from .evidence import CANDIDATES, FOLDS, OVERFLOW, Evidence, Half, Match, Measured
@@ -32,8 +32,8 @@ REPEATED = 0.5
 
 
 def share_repeated(items: Sequence[Item]) -> float:
-    """Share of rows whose labelled tokens are those of another row too; of rows of token ids."""
-    return _share([_answer(item.row.labels[1:]) for item in items if item.row is not None])
+    """Share of rows whose labelled tokens are those of another row too."""
+    return _share([item.answer for item in items])
 
 
 def _share(answers: Sequence[bytes]) -> float:
@@ -54,7 +54,7 @@ def score_labels(
     def read(batch: Labelled) -> list[tuple[torch.Tensor, bytes, float, int, str | None]]:
         log_p = batch.sum(core.log_likelihood_tokens(head, batch.hidden_TD, batch.labels_T))
         features = torch.cat([batch.first_RD, batch.prompt_RD], 1).float().cpu()
-        answers = [_answer(answer.numpy()) for answer in batch.labels_T.cpu().split(batch.lengths)]
+        answers = [answer_of(answer.numpy()) for answer in batch.labels_T.cpu().split(batch.lengths)]
         finite = torch.isfinite(features).all(1).numpy() & np.isfinite(log_p)
         why = [None if ok else f"non-finite score: {OVERFLOW}" for ok in finite]
         for i, item in enumerate(batch.items):
@@ -104,10 +104,6 @@ def score_labels(
     return scores, data_hash
 
 
-def _answer(labels: np.ndarray) -> bytes:
-    return labels[labels != IGNORED].astype(np.int64).tobytes()
-
-
 def score_auto(
     batcher: Batcher,
     head: core.Head,
@@ -134,7 +130,10 @@ def score_auto(
     """
     held_out = [item.row for item in items if item.row is not None]
     if len(held_out) < len(items):
-        raise ValueError("direction='auto' needs rows of token ids, not rows that a collator makes batches of.")
+        raise ValueError(
+            "direction='auto' needs rows of token ids, or answers that repeat: nothing can corrupt answers in "
+            "rows that a collator makes batches of."
+        )
     if len(held_out) < MIN_ROWS:
         raise ValueError(
             f"direction='auto' learns from the held-out rows and has {len(held_out)}: give at least {MIN_ROWS} "

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .head import Backbone
+from .prefixes import pack, padded_tokens, shared_prefixes
 from .rows import IGNORED, Row, RowPreparer, needs_collator
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 WINDOW = 4096
 # Padded tokens in one forward pass. On a CPU a batch should stay in the cache: 2,048 is 1.4 times as fast as 8,192.
 CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16384
+# Rows are run after common beginnings where that leaves less than such a share of the padded tokens: it costs a second
+# pass, and a copy of the keys and values for each row.
+WORTH_SHARING = 0.8
 # Rows per batch where a data collator makes the batch (images), whose token count nobody knows before.
 COLLATED_ROWS = 8
 
@@ -39,6 +43,20 @@ class Item:
     index: int
     row: Row | None
     example: Mapping[str, Any] | None = None
+    collated: np.ndarray | None = None  # the example's labels as the collator makes them
+    n_shared: int = 0  # how many of its first tokens are run once for all rows of its batch that begin with them
+
+    @property
+    def answer(self) -> bytes:
+        """The labelled tokens."""
+        labels = self.collated if self.row is None else self.row.labels
+        assert labels is not None
+        return answer_of(labels[1:])
+
+    @property
+    def prefix(self) -> bytes:
+        """The tokens that it shares."""
+        return b"" if self.row is None else self.row.input_ids[: self.n_shared].tobytes()
 
     @property
     def tokens(self) -> int:
@@ -49,6 +67,11 @@ class Item:
         if self.row is None:
             return Hasher.hash(self.example)
         return xxhash.xxh3_64_hexdigest(self.row.input_ids.tobytes() + b"|" + self.row.labels.tobytes())
+
+
+def answer_of(labels: np.ndarray) -> bytes:
+    """Labelled tokens as something that can be counted."""
+    return labels[labels != IGNORED].astype(np.int64).tobytes()
 
 
 @dataclass
@@ -141,8 +164,8 @@ class Batcher:
                 row = self.prepare({k: v[0] for k, v in batch.items() if k != "position_ids"})
                 yield Item(index, row), row.reason
             else:
-                labelled = bool((torch.as_tensor(batch["labels"])[:, 1:] != -100).any())
-                yield Item(index, None, example), None if labelled else "no labelled tokens after the data_collator"
+                item = Item(index, None, example, torch.as_tensor(batch["labels"])[0].cpu().numpy())
+                yield item, None if item.answer else "no labelled tokens after the data_collator"
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
         if items[0].row is None:
@@ -153,13 +176,31 @@ class Batcher:
             return batch
         return pad([item.row for item in items if item.row is not None])
 
-    def _batches(self, items: list[Item]) -> list[list[Item]]:
+    def _batches(self, items: list[Item], states: bool) -> list[list[Item]]:
         tokens = [item for item in items if item.row is not None]
         collated = [item for item in items if item.row is None]
-        return [
-            *([tokens[i] for i in batch] for batch in cut([item.tokens for item in tokens], self.max_tokens)),
-            *(collated[lo : lo + COLLATED_ROWS] for lo in range(0, len(collated), COLLATED_ROWS)),
-        ]
+        batches = self._cut(tokens)
+        if not states and self.backbone.shares_prefixes:
+            sharing = self._sharing(tokens)
+            if sum(map(padded, sharing)) < WORTH_SHARING * sum(map(padded, batches)):
+                batches = sharing
+        return batches + [collated[lo : lo + COLLATED_ROWS] for lo in range(0, len(collated), COLLATED_ROWS)]
+
+    def _cut(self, items: list[Item]) -> list[list[Item]]:
+        return [[items[i] for i in batch] for batch in cut([item.tokens for item in items], self.max_tokens)]
+
+    def _sharing(self, items: list[Item]) -> list[list[Item]]:
+        """Batches of rows that begin alike, then those of the others."""
+        rows = [item.row for item in items if item.row is not None]
+        # The position that predicts the first label must be run for each row, or its hidden state would be missing.
+        prompts = [row.input_ids[: max(0, int((row.labels != IGNORED).argmax()) - 1)] for row in rows]
+        sharing: list[Item] = []
+        alone: list[Item] = []
+        for item, n_shared in zip(items, shared_prefixes(prompts).tolist(), strict=True):
+            (sharing if n_shared else alone).append(replace(item, n_shared=n_shared))
+        lengths = [item.n_shared for item in sharing], [item.tokens - item.n_shared for item in sharing]
+        packed = pack([item.prefix for item in sharing], *lengths, self.max_tokens)
+        return [[sharing[i] for i in batch] for batch in packed] + self._cut(alone)
 
     def labelled(
         self,
@@ -167,28 +208,37 @@ class Batcher:
         description: str | None = None,
         *,
         all_ranks: bool = False,
+        states: bool = True,
         bar: Any = None,
         failed: dict[int, str] | None = None,
     ) -> Iterator[Labelled]:
-        """Forward passes over this rank's share of the items; `failed` takes in the rows too large for the memory."""
+        """Forward passes over this rank's share of the items.
+
+        Args:
+            all_ranks: every rank runs over all the items.
+            states: keep the states at all positions; without, tokens that rows share are run once.
+            failed: takes in the rows too large for the memory.
+        """
         rank, n_ranks = (0, 1) if all_ranks else world()
-        batches = self._batches(items)
+        batches = self._batches(items, states)
         # Sharded models (FSDP, ZeRO-3) gather weights in every forward: all ranks must run equally many.
-        n_forwards = -(-len(batches) // n_ranks)
+        n_forwards = [sum(1 + any(i.n_shared for i in batch) for batch in batches[r::n_ranks]) for r in range(n_ranks)]
         mine = batches[rank::n_ranks]
-        padding = n_forwards - len(mine)
+        padding = max(n_forwards) - n_forwards[rank]
         own_bar = bar is None
         bar = bar if bar is not None else self._bar(len(items), description)
         for batch in mine:
             yield from self._forward(batch, failed)
             bar.update(min(len(batch) * n_ranks, bar.total - bar.n) if bar.total else len(batch) * n_ranks)
         for _ in range(padding):
-            self.run(batches[-1][:1])
+            self.run([replace(batches[-1][0], n_shared=0)])
         if own_bar:
             bar.close()
 
     def run(self, items: Sequence[Item]) -> Labelled:
         """One forward pass over all the items at once."""
+        if items[0].n_shared:
+            return self._run_after_prefixes(items)
         batch = self.collate(items)
         hidden = self.backbone.hidden_states(batch)
         labels = torch.as_tensor(batch["labels"]).to(hidden.device)[:, 1:]
@@ -199,18 +249,37 @@ class Batcher:
         lengths = predicts.sum(1).tolist()
         return Labelled(list(items), lengths, hidden[:, :-1][predicts], labels[predicts], hidden, prompt)
 
+    def _run_after_prefixes(self, items: Sequence[Item]) -> Labelled:
+        rows = [(item.row, item.n_shared) for item in items if item.row is not None]
+        number: dict[bytes, int] = {}
+        place = torch.tensor([number.setdefault(item.prefix, len(number)) for item in items])
+        beginnings = {
+            item.prefix: Row(row.input_ids[:n], row.labels[:n]) for item, (row, n) in zip(items, rows, strict=True)
+        }
+        prefixes, rest = (
+            pad([beginnings[p] for p in number]),
+            pad([Row(row.input_ids[n:], row.labels[n:]) for row, n in rows]),
+        )
+        labels = rest.pop("labels")[:, 1:].to(self.backbone.device)
+        starts = torch.tensor([n for _, n in rows])
+        rest["position_ids"] = starts[:, None] + torch.arange(rest["input_ids"].shape[1])
+        rest["attention_mask"] = torch.cat([prefixes["attention_mask"][place], rest["attention_mask"]], 1)
+        hidden = self.backbone.hidden_states_after(prefixes, rest, place)
+        predicts = labels != IGNORED
+        return Labelled(list(items), predicts.sum(1).tolist(), hidden[:, :-1][predicts], labels[predicts])
+
     def _forward(self, items: list[Item], failed: dict[int, str] | None) -> Iterator[Labelled]:
         """One forward pass, or several smaller ones where memory runs out."""
         parts = [items]
         while parts:
             part = parts.pop(0)
-            if len(part) > 1 and len(part) * max(item.tokens for item in part) > self.max_tokens:
+            if len(part) > 1 and padded(part) > self.max_tokens:
                 parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
                 continue
             try:
                 batch = self.run(part)
             except Exception as error:
-                tokens = len(part) * max(item.tokens for item in part)
+                tokens = padded(part)
                 if not should_reduce_batch_size(error) or (len(part) == 1 and failed is None):
                     raise
                 if len(part) == 1 and failed is not None:
@@ -268,7 +337,8 @@ class Batcher:
             failed: dict[int, str] = {}
             items = [item for item, reason in window if reason is None]
             bar.update(len(window) - len(items))
-            for batch in joined(self.labelled(items, None, bar=bar, failed=failed), positions):
+            batches = self.labelled(items, None, states=positions == 0, bar=bar, failed=failed)
+            for batch in joined(batches, positions):
                 results.update(zip(batch.index, fn(batch), strict=True))
             if world()[1] > 1:
                 results = dict(pair for part in gather_object([list(results.items())]) for pair in part)
@@ -292,6 +362,14 @@ class Batcher:
     def _bar(self, total: int | None, description: str | None) -> Any:
         disable = None if self.progress and world()[0] == 0 else True
         return tqdm(total=total, desc=description, unit="row", disable=disable)
+
+
+def padded(batch: Sequence[Item]) -> int:
+    """Tokens that a batch of rows makes the model run over."""
+    shared = [item.n_shared for item in batch]
+    return padded_tokens(
+        [item.prefix for item in batch], shared, [item.tokens - n for item, n in zip(batch, shared, strict=True)]
+    )
 
 
 def pad(rows: Sequence[Row]) -> dict[str, Tensor]:

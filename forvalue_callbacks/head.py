@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .core import Head, working_dtype
 
@@ -103,6 +106,28 @@ class Backbone:
         """Inputs of the head, (B, L, D), for a batch of model inputs (`input_ids` (B, L), ...); `labels` go unread."""
         with self._autocast():
             return self.causal.base_model(**self._inputs(batch), use_cache=False).last_hidden_state
+
+    @cached_property
+    def shares_prefixes(self) -> bool:
+        """Whether rows can go on from a beginning that was run once: every layer attends to all that came before."""
+        parameters = inspect.signature(self.causal.base_model.forward).parameters
+        layers = DynamicCache(config=self.causal.config.get_text_config()).layers
+        return {"position_ids", "past_key_values"} <= set(parameters) and all(type(x) is DynamicLayer for x in layers)
+
+    def hidden_states_after(self, prefixes: Mapping[str, Any], batch: Mapping[str, Any], prefix: Tensor) -> Tensor:
+        """Inputs of the head, (B, L, D), of rows that go on from prefixes, each of which is run once.
+
+        Args:
+            prefixes: `input_ids`, `attention_mask` (P, K), padded on the right.
+            batch: `input_ids` (B, L) and `position_ids` of what follows, `attention_mask` (B, K + L) of both.
+            prefix: which of the prefixes each row goes on from, (B,).
+        """
+        cache = DynamicCache(config=self.causal.config.get_text_config())
+        with self._autocast():
+            self.causal.base_model(**self._inputs(prefixes), past_key_values=cache, use_cache=True)
+            cache.batch_select_indices(prefix.to(self.device))
+            inputs = self._inputs(batch)
+            return self.causal.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
     def check(self, batch: Mapping[str, Any]) -> None:
         """Rebuild the model's own logits on a batch; refuse, by name, a model whose head is not what was described.

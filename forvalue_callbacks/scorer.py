@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import asdict, dataclass, field
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,7 @@ class ForValueScorer:
             self.direction()  # prepares and checks what follows, the metric included
             metric = self._metric()
             items = self._validation()
-            validation = concatenate(self.batcher.labelled(items, "validation", all_ranks=True))
+            validation = concatenate(self.batcher.labelled(items, "validation", all_ranks=True, states=False))
             metric_TD = None if metric is None else validation.hidden_TD.to(metric) @ metric
 
             def score(batch: Labelled) -> list[Tensor]:
@@ -365,7 +366,7 @@ class ForValueScorer:
         head = self.backbone.head()
         if self.config.fits_head:
             # Every rank fits for itself: validation sets are small, and the same fit needs no exchange.
-            positions = concatenate(self.batcher.labelled(items, "validation", all_ranks=True))
+            positions = concatenate(self.batcher.labelled(items, "validation", all_ranks=True, states=False))
             self.fit = fit_head(head, positions.hidden_TD, positions.labels_T, positions.rows_T)
             if self.fit.ridge == np.inf:
                 logger.warning("no move of the head predicts held-out validation rows better: use another direction")
@@ -377,7 +378,7 @@ class ForValueScorer:
             head.weight.shape[1], head.weight.shape[1], dtype=torch.float64, device=total_VD.device
         )
         n_rows = n_tokens = 0
-        batches = self.batcher.labelled(items, "validation direction")
+        batches = self.batcher.labelled(items, "validation direction", states=False)
         for batch in joined(batches, core.tile_for(head.weight.device)):
             core.add_gradient(total_VD, head, batch.hidden_TD, batch.labels_T)
             n_rows += len(batch.index)
@@ -424,8 +425,21 @@ def hash_weights(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         tensor = whole(tensor)
         hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        hasher.update(_checksums(tensor.detach()).numpy().data)
     return hasher.hexdigest()
+
+
+def _checksums(tensor: Tensor) -> Tensor:
+    """Sums over the rows and over the columns of a tensor's bits, laid out as a square; on the CPU.
+
+    Computed where the tensor lies: reading a model back from an accelerator takes a second per 3 GB. A change of one
+    value changes two sums, and what is left of integers that overflow is the same on every device.
+    """
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.contiguous().flatten().view(integer)
+    side = isqrt(len(bits))
+    square = bits[: side * side].view(side, side)
+    return torch.cat([square.sum(0, dtype=integer), square.sum(1, dtype=integer), bits[side * side :]]).cpu()
 
 
 def _digest(text: str) -> str:

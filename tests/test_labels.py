@@ -125,10 +125,12 @@ def test_rows_without_a_prompt_have_a_reason_and_the_others_their_scores():
         ForValueScorer(model, text, CONFIG, progress=False).score(train)
 
 
-def test_rows_that_a_collator_makes_batches_of_are_judged_too():
+@pytest.mark.parametrize("direction", ["labels", "auto"])
+def test_rows_that_a_collator_makes_batches_of_are_judged_too(direction):
     model, rows, collate = llava()
     rows = [{**row, "text": [3, 4, 5, 6, 7, 8 + i % 2]} for i, row in enumerate(rows)]
-    scores = ForValueScorer(model, rows[:6], CONFIG, data_collator=collate, progress=False).score(rows[6:])
+    config = ForValueConfig(direction=direction)
+    scores = ForValueScorer(model, rows[:6], config, data_collator=collate, progress=False).score(rows[6:])
     assert np.isfinite(scores.values).all()
     assert len(scores) == 4
     assert scores.metadata["noise"]["answers"] == 2

@@ -1,3 +1,6 @@
+import copy
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from oracles import row_gradient, score_by_autograd, score_by_double_sum
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, batching
 from forvalue_callbacks.rows import RowConfig
+from forvalue_callbacks.scorer import hash_weights
 
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
 
@@ -156,6 +160,89 @@ def test_pairwise_averages_to_the_score_and_keeps_bad_rows_as_nan():
         assert torch.isnan(pairs[:, 0]).all()
         good = ~np.isnan(scores.values)
         assert relative(pairs.nanmean(1)[torch.from_numpy(good)], scores.values[good]) < 1e-5
+
+
+@pytest.mark.parametrize("window", [3, 4096])
+def test_pairs_go_to_a_file_a_window_at_a_time(window, monkeypatch, tmp_path):
+    monkeypatch.setattr(batching, "WINDOW", window)
+    train = [TRAIN[0], {"input_ids": [5], "labels": [5]}, *TRAIN[1:]]
+    scorer = ForValueScorer(build_model(), VALIDATION, progress=False)
+    want = scorer.pairwise(train)
+    got = scorer.pairwise(train, tmp_path / "pairs.npy")
+    np.testing.assert_array_equal(got.numpy(), want.numpy())
+    np.testing.assert_array_equal(np.load(tmp_path / "pairs.npy", mmap_mode="r"), want.numpy())
+    with pytest.raises(ValueError, match="data set with a length"):
+        scorer.pairwise(iter(train), tmp_path / "pairs.npy")
+
+
+def test_batches_are_joined_until_the_head_has_enough_positions():
+    scorer = ForValueScorer(build_model(), VALIDATION, ForValueConfig(max_tokens_per_batch=14), progress=False)
+    seen = []
+
+    def sizes(batch):
+        seen.append(len(batch.labels_T))
+        assert len(batch.hidden_TD) == len(batch.labels_T) == sum(batch.lengths)
+        return batch.lengths
+
+    apart, _, _ = scorer.batcher.map(TRAIN, sizes, "apart")
+    n_apart, total = len(seen), sum(seen)
+    seen.clear()
+    together, _, _ = scorer.batcher.map(TRAIN, sizes, "together", positions=20)
+    assert together == apart
+    assert sum(seen) == total
+    assert len(seen) < n_apart
+    assert all(n >= 20 for n in seen[:-1])
+
+
+def test_the_next_window_is_read_while_the_model_runs(monkeypatch):
+    """The second window has been asked for when the first one's results come, the third has not."""
+    monkeypatch.setattr(batching, "WINDOW", 4)
+    asked, read = [], threading.Event()
+
+    def rows():
+        for i, row in enumerate(TRAIN):
+            asked.append((i, threading.current_thread()))
+            if i == 7:
+                read.set()
+            yield row
+
+    scorer = ForValueScorer(build_model(), VALIDATION, progress=False)
+    windows = scorer.batcher.windows(rows(), lambda batch: batch.lengths, "rows")
+    assert len(next(windows)[0]) == 4
+    assert read.wait(10)
+    assert len(asked) == 8
+    assert {thread for _, thread in asked} != {threading.main_thread()}
+    assert sum(len(window) for window, _ in windows) == len(TRAIN) - 4
+
+
+def test_a_broken_data_set_raises_its_own_error():
+    def rows():
+        yield TRAIN[0]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        score(build_model(), rows())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_change_of_one_weight_changes_the_hash(dtype):
+    model = build_model("llama", dtype)
+    model.register_buffer("flags", torch.tensor([True, False, True]))
+    first = hash_weights(model)
+    assert hash_weights(copy.deepcopy(model)) == first
+    hashes = {first}
+    with torch.no_grad():
+        weight = model.model.layers[0].mlp.up_proj.weight
+        for place in ((0, 0), (20, 7), (47, 31)):  # the last one is beyond the square
+            weight[place] += 2**-6
+            hashes.add(hash_weights(model))
+        weight[0, :2] = weight[0, [1, 0]]
+        hashes.add(hash_weights(model))
+        weight[3], weight[4] = weight[4].clone(), weight[3].clone()
+        hashes.add(hash_weights(model))
+        model.flags[1] = True
+        hashes.add(hash_weights(model))
+    assert len(hashes) == 7
 
 
 def test_seen_vocabulary_is_the_score_over_the_labels_of_both_sets():

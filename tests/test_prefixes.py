@@ -1,0 +1,166 @@
+"""Beginnings in common: found on token ids, packed under the budget, and the same scores with fewer tokens run."""
+
+from itertools import product
+
+import numpy as np
+import peft
+import pytest
+import torch
+from conftest import ARCHITECTURES, VOCAB, build_model, build_rows
+
+from forvalue_callbacks import ForValueConfig, ForValueScorer
+from forvalue_callbacks.prefixes import pack, padded_tokens, shared_prefixes
+
+SLIDING = {"mistral", "gemma2-softcap", "gemma3-softcap", "gemma3"}
+
+
+def shared(*rows):
+    return shared_prefixes([np.array(row) for row in rows]).tolist()
+
+
+def test_what_all_rows_begin_with_is_shared():
+    assert shared([1, 2, 3, 4], [1, 2, 3, 9, 9], [1, 2, 3]) == [3, 3, 3]
+
+
+def test_several_answers_to_a_prompt_share_all_of_it_rather_than_what_all_prompts_have_in_common():
+    a, b = [1, 5, 6, 7, 8], [1, 9, 9, 9]
+    assert shared(a, b, a, b, a) == [5, 4, 5, 4, 5]
+
+
+def test_the_depth_is_the_one_that_saves_most():
+    """Eight rows agree in 4 tokens, two of them in 6: 7 * 4 tokens saved, not 6."""
+    rows = [[1, 2, 3, 4, k] for k in range(10, 16)] + [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]
+    assert shared(*rows) == [4] * 8
+
+
+def test_rows_that_share_nothing_are_left_alone():
+    assert shared() == []
+    assert shared([1, 2]) == [0]
+    assert shared([1, 2], [], [3, 4]) == [0, 0, 0]
+    assert shared([1, 2, 3], [4], [1, 2, 5]) == [2, 0, 2]
+
+
+def test_the_best_depth_equals_an_exhaustive_search():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        rows = [tuple(rng.integers(0, 2, rng.integers(0, 7))) for _ in range(9)]
+        got = sum(n for row, n in zip(rows, shared(*rows), strict=True))
+        groups = {row[:n] for row, n in zip(rows, shared(*rows), strict=True) if n}
+        saved = got - sum(map(len, groups))
+        best = 0
+        for depth in range(1, 7):
+            parts = {}
+            for row in rows:
+                if len(row) >= depth:
+                    parts.setdefault(row[:depth], []).append(row)
+            total = 0
+            for part in parts.values():
+                common = next(
+                    k for k in range(6, -1, -1) if min(map(len, part)) >= k and len({r[:k] for r in part}) == 1
+                )
+                total += (len(part) - 1) * common
+            best = max(best, total)
+        assert saved == best
+
+
+@pytest.mark.parametrize("budget", [1, 20, 60, 1000])
+def test_batches_hold_every_row_once_within_the_budget(budget):
+    rng = np.random.default_rng(1)
+    prefixes = [bytes([k]) for k in rng.integers(0, 5, 40)]
+    lengths, rest = [3 + prefix[0] for prefix in prefixes], rng.integers(1, 9, 40).tolist()
+    batches = pack(prefixes, lengths, rest, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(40))
+    for batch in batches:
+        tokens = padded_tokens(*([side[i] for i in batch] for side in (prefixes, lengths, rest)))
+        assert tokens <= budget or len(batch) == 1
+    if budget == 1000:  # 5 prefixes of at most 7 tokens, and 40 rests of at most 8
+        assert len(batches) == 1
+
+
+def rows_with_a_system_prompt(n, seed=0):
+    """20 tokens that all begin with, then one of three questions, then an answer."""
+    generator = torch.Generator().manual_seed(seed)
+    system = torch.randint(3, VOCAB, (20,), generator=torch.Generator().manual_seed(9)).tolist()
+    questions = [torch.randint(3, VOCAB, (k,), generator=generator).tolist() for k in (5, 6, 9)]
+    rows = []
+    for i in range(n):
+        prompt = system + questions[i % 3]
+        answer = torch.randint(3, VOCAB, (2 + i % 5,), generator=generator).tolist()
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return rows
+
+
+def tokens_run(model, call):
+    counted = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda m, args, out: counted.append(args[0].numel()))
+    out = call()
+    handle.remove()
+    return out, sum(counted)
+
+
+@pytest.mark.parametrize(("architecture", "budget"), product(ARCHITECTURES, [100, 4096]))
+def test_scores_after_common_beginnings_are_those_of_the_bare_rows(architecture, budget, monkeypatch):
+    model = build_model(architecture, torch.float64)
+    rows, validation = rows_with_a_system_prompt(12), build_rows(3, seed=1)
+    rows[4] = build_rows(1, seed=3)[0]  # and one that begins otherwise
+
+    def score():
+        config = ForValueConfig(max_tokens_per_batch=budget)
+        scorer = ForValueScorer(model, validation, config, progress=False)
+        scorer.direction()
+        return tokens_run(model, lambda: scorer.score(rows).values)
+
+    got, fewer = score()
+    monkeypatch.setattr("forvalue_callbacks.batching.WORTH_SHARING", 0.0)
+    want, all_of_them = score()
+    if architecture in SLIDING:  # what a window leaves out is not known from the beginning alone
+        assert fewer == all_of_them
+    else:
+        assert fewer < 0.6 * all_of_them
+    tolerance = 1e-6 if architecture.startswith("gemma") else 1e-10
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+def test_adapters_and_every_way_to_score_go_through_it():
+    model = build_model("qwen2", torch.float64)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    rows, validation = rows_with_a_system_prompt(12), rows_with_a_system_prompt(6, seed=1)
+    scorer = ForValueScorer(model, validation, progress=False)
+    values, fewer = tokens_run(model, lambda: scorer.score(rows).values)
+    assert fewer < 0.6 * sum(len(row["input_ids"]) for row in [*rows, *validation])
+    alone = [ForValueScorer(model, validation, progress=False).score([row]).values[0] for row in rows]
+    np.testing.assert_allclose(values, alone, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(scorer.pairwise(rows).mean(1), alone, rtol=1e-10, atol=1e-12)
+    sums = [float(tokens.sum()) for tokens in scorer.token_scores(rows)]
+    np.testing.assert_allclose(sums, alone, rtol=1e-10, atol=1e-12)
+
+
+def test_a_label_right_after_the_common_beginning_is_predicted_by_a_state_that_is_run():
+    """All of the prompt in common: its last position predicts the first label and is run for each row."""
+    model = build_model("llama", torch.float64)
+    rows = [{"input_ids": [*range(3, 23), k], "labels": [-100] * 20 + [k]} for k in range(30, 40)]
+    scorer = ForValueScorer(model, build_rows(3), progress=False)
+    scores = scorer.score(rows)
+    assert scores.n_labelled.tolist() == [1] * 10
+    alone = [scorer.score([row]).values[0] for row in rows]
+    np.testing.assert_allclose(scores.values, alone, rtol=1e-10, atol=1e-12)
+
+
+def test_memory_that_runs_out_halves_batches_that_share(monkeypatch):
+    model = build_model("llama", torch.float64)
+    rows, validation = rows_with_a_system_prompt(12), build_rows(3)
+    want = ForValueScorer(model, validation, progress=False).score(rows).values
+    scorer = ForValueScorer(model, validation, progress=False)
+    scorer.direction()
+    run, sizes = scorer.backbone.hidden_states_after, []
+
+    def short_of_memory(prefixes, batch, prefix):
+        sizes.append(len(prefix))
+        if len(prefix) > 3:
+            raise RuntimeError("CUDA out of memory.")
+        return run(prefixes, batch, prefix)
+
+    monkeypatch.setattr(scorer.backbone, "hidden_states_after", short_of_memory)
+    np.testing.assert_allclose(scorer.score(rows).values, want, rtol=1e-10)
+    assert max(sizes) > 3 >= min(sizes)
