@@ -73,10 +73,13 @@ class Meter:
         status = Path("/proc/self/status")
         if on_device:
             torch.accelerator.reset_peak_memory_stats()
+            torch.accelerator.synchronize()
         elif status.exists():
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
         started = self.now()
         out = function()
+        if on_device:
+            torch.accelerator.synchronize()
         seconds = self.now() - started
         peak = None
         if on_device:

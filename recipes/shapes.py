@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
@@ -37,10 +39,12 @@ SHAPES: dict[str, PretrainedConfig] = {
 }
 
 
-def random_model(shape: str, seed: int = 0) -> PreTrainedModel:
-    """On the accelerator in bfloat16, where there is one; else on the CPU in float32."""
+def random_model(shape: str, seed: int = 0, vocabulary: int | None = None) -> PreTrainedModel:
+    """On the accelerator in bfloat16, where there is one; else on the CPU in float32. `vocabulary`: another size."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     torch.manual_seed(seed)
     with torch.device(accelerator or "cpu"):
         dtype = torch.float32 if accelerator is None else torch.bfloat16
-        return AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype).eval()
+        config = copy.deepcopy(SHAPES[shape])
+        config.vocab_size = vocabulary or config.vocab_size
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
