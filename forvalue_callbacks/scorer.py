@@ -70,7 +70,7 @@ class ForValueConfig:
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Padded tokens in one forward pass; halves itself when memory runs out. None: 2,048 on a CPU, "
+            "help": "Padded tokens in one forward pass; halves itself when memory runs out. None: 1,024 on a CPU, "
             "16,384 on an accelerator."
         },
     )

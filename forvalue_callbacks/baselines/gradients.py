@@ -34,7 +34,7 @@ def gradients(
     Args:
         model: `PeftModel` with LoRA on linear layers, any head that `Backbone` takes; left exactly as found.
         rows: tokenised rows (`input_ids`, `labels`), with `pixel_values` for a model that takes an image per row.
-        max_tokens_per_batch: padded tokens in one pass; None: 2,048 on a CPU, 16,384 elsewhere.
+        max_tokens_per_batch: padded tokens in one pass; None: 1,024 on a CPU, 16,384 elsewhere.
 
     Returns:
         name of the factor (`...q_proj.lora_A.default`) -> (N, r, in) or (N, out, r), float32 (float64 for a float64
