@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets.fingerprint import Hasher
 from torch import Tensor
@@ -27,9 +26,9 @@ logger = logging.getLogger(__name__)
 # Rows are read, sorted by length and batched a window at a time: memory stays flat however long the data set is, and
 # 4,096 rows are enough for batches alike in length.
 WINDOW = 4096
-# Padded tokens in one forward pass. On a CPU a batch should stay in the cache, and a smaller one has less padding: 1,024
-# is 1.2 times as fast as 2,048 on 32 rows of uneven length, that 1.4 times as fast as 8,192. Below, weights are read
-# too often.
+# Padded tokens in one forward pass. On a CPU a batch should stay in the cache, and a smaller one has less padding:
+# 1,024 is 1.2 times as fast as 2,048 on 32 rows of uneven length, that 1.4 times as fast as 8,192. Below 1,024 the
+# weights are read too often.
 CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 16384
 # Rows are run after common beginnings where that leaves less than such a share of the padded tokens: it costs a second
 # pass, and a copy of the keys and values for each row.
@@ -342,9 +341,7 @@ class Batcher:
             batches = self.labelled(items, None, states=positions == 0, bar=bar, failed=failed)
             for batch in joined(batches, positions):
                 results.update(zip(batch.index, fn(batch), strict=True))
-            if world()[1] > 1:
-                results = dict(pair for part in gather_object([list(results.items())]) for pair in part)
-                failed = dict(pair for part in gather_object([list(failed.items())]) for pair in part)
+            results, failed = of_all_ranks(results), of_all_ranks(failed)
             yield [(item, failed.get(item.index, reason)) for item, reason in window], results
         bar.close()
 
@@ -436,3 +433,12 @@ def world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def of_all_ranks(mine: dict[int, Any]) -> dict[int, Any]:
+    """What this rank found and what the others did, on every rank."""
+    if world()[1] == 1:
+        return mine
+    parts: list[dict[int, Any]] = [{} for _ in range(world()[1])]
+    torch.distributed.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}

@@ -14,12 +14,15 @@ Arithmetic is float32 (float64 when the head or the hidden states are), whatever
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # One tile of logits is TOKEN_TILE x VOCAB_BLOCK: 8 MB in float32, so that the passes over it stay in the cache while
 # the two products that fill it are still large enough to run at full speed.
@@ -169,10 +172,14 @@ class _OnlineSoftmax:
 
 @cache
 def fold_kernel() -> Callable[..., None] | None:
-    """The fold as one Triton kernel, None where there is no Triton."""
+    """The fold as one Triton kernel, None where Triton is missing or cannot build it (it needs a C compiler)."""
     try:
         from .triton_fold import fold
-    except ImportError:
+
+        probe = torch.zeros(1, 1, device="cuda")
+        fold(_OnlineSoftmax(probe, torch.float32), slice(0, 1), probe, None)
+    except Exception as error:  # whatever is wrong with a compiler: the fold in torch gives the same numbers
+        logger.warning("the fold runs in torch, twice as slow: no Triton kernel (%s: %s)", type(error).__name__, error)
         return None
     return fold
 
@@ -233,10 +240,11 @@ def add_gradient(
     dtype = working_dtype(head.weight, hidden_TD)
     token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     for tile in _blocks(len(hidden_TD), token_tile):
-        hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
+        hidden, labels = factor(head, hidden_TD[tile], dtype), labels_T[tile]
+        states = hidden.to(out_VD.dtype)
         log_norm = log_normalizer(head, hidden, vocab_block)
         for block in _blocks(head.vocab_size, vocab_block):
-            out_VD[block].addmm_(errors(head, hidden, labels, log_norm, block).T.to(out_VD.dtype), hidden)
+            out_VD[block].addmm_(errors(head, hidden, labels, log_norm, block).T.to(out_VD.dtype), states)
     return out_VD
 
 
@@ -358,20 +366,20 @@ def score_pairs(
     dtype = working_dtype(head.weight, hidden_TD, other_hidden_TD)
     token_tile, vocab_block = _sizes(hidden_TD, token_tile or PAIR_TILE, vocab_block)
     out = torch.zeros(n_rows, n_other_rows, dtype=torch.float64, device=hidden_TD.device)
-    others = [(tile, other_hidden_TD[tile].to(dtype)) for tile in _blocks(len(other_hidden_TD), token_tile)]
+    others = [(tile, factor(head, other_hidden_TD[tile], dtype)) for tile in _blocks(len(other_hidden_TD), token_tile)]
     other_log_norms = [log_normalizer(head, other_hidden, vocab_block) for _, other_hidden in others]
     for tile in _blocks(len(hidden_TD), token_tile):
-        hidden, labels = hidden_TD[tile].to(dtype), labels_T[tile]
+        hidden, labels = factor(head, hidden_TD[tile], dtype), labels_T[tile]
         log_norm = log_normalizer(head, hidden, vocab_block)
         for (other, other_hidden), other_log_norm in zip(others, other_log_norms, strict=True):
             other_labels = other_labels_T[other]
-            products = hidden.new_zeros(len(hidden), len(other_hidden))
+            products = hidden.new_zeros(len(hidden), len(other_hidden), dtype=dtype)
             for block in _blocks(head.vocab_size, vocab_block):
                 left = errors(head, hidden, labels, log_norm, block)
                 right = errors(head, other_hidden, other_labels, other_log_norm, block)
                 products.addmm_(left, right.T)
-            metric = other_hidden if other_metric_TD is None else other_metric_TD[other].to(dtype)
-            products.mul_(hidden @ metric.T)
+            metric = (other_hidden if other_metric_TD is None else other_metric_TD[other]).to(dtype)
+            products.mul_(hidden.to(dtype) @ metric.T)
             per_row = products.new_zeros(n_rows, len(other_hidden), dtype=torch.float64)
             per_row.index_add_(0, rows_T[tile], products.double())
             out.index_add_(1, other_rows_T[other], per_row)
@@ -415,7 +423,7 @@ def squared_norms(
             real[k, : lengths[i]] = True
         place, real = place.to(hidden_TD.device), real.to(hidden_TD.device)
         hidden, labels = hidden_TD[place].to(dtype), labels_T[place].flatten()
-        flat = hidden.flatten(0, 1)
+        flat = factor(head, hidden_TD[place].flatten(0, 1), dtype)
         log_norm = log_normalizer(head, flat, vocab_block)
         gram = hidden.new_zeros(len(group), longest, longest)
         for block in _blocks(head.vocab_size, vocab_block):

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from accelerate.utils import reduce, wait_for_everyone
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
@@ -299,7 +298,8 @@ class ForValueScorer:
                 n += len(window)
         if path is None:
             return torch.cat(blocks)
-        wait_for_everyone()
+        if world()[1] > 1:
+            torch.distributed.barrier()  # until the first rank has written
         return torch.from_numpy(open_memmap(path, "r+"))
 
     def direction(self) -> Tensor:
@@ -388,7 +388,8 @@ class ForValueScorer:
                 n_tokens += len(hidden)
         if world()[1] > 1:
             counts = torch.tensor([n_rows, n_tokens], device=total_VD.device)
-            total_VD, moment_DD, counts = reduce((total_VD, moment_DD, counts), reduction="sum")
+            for tensor in (total_VD, moment_DD, counts):
+                torch.distributed.all_reduce(tensor)
             n_rows, n_tokens = counts.tolist()
         total_VD /= n_rows
         if not torch.isfinite(total_VD).all():

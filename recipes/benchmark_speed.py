@@ -1,8 +1,10 @@
-"""What scoring costs beside the evaluation pass that everyone runs, and how that grows: all side by side in one run.
+r"""What scoring costs beside the evaluation pass that everyone runs, and how that grows: all side by side in one run.
 
     python recipes/benchmark_speed.py --shape smollm-135m --rows 96
     python recipes/benchmark_speed.py --shape smollm-135m --rows 32 --memory true
     python recipes/benchmark_speed.py --shape tiny --sweeps rows validation length labelled vocabulary common
+    python recipes/benchmark_speed.py --shape tiny --arms pairs --rows 100000 --validation_rows 1000 --memory true \
+        --length 16 --shortest 1 --labelled 0.125
     python recipes/benchmark_speed.py --shape qwen2.5-7b --rows 192 --length 1024 --batch_size 16    # on a GPU
 
 Random weights of the true shape (times do not depend on the values), float32 on a CPU, bfloat16 on an accelerator.
@@ -17,6 +19,7 @@ Random weights of the true shape (times do not depend on the values), float32 on
     captum     TracInCPFast on the head, every labelled position an example: the same scores
     gradients  per-sample LoRA gradients (r=8, query and value), which DataInf and its like need after training
     seen       the scorer with vocab="seen", and on the tiny model how far off it is
+    pairs      ForValueScorer.pairwise, to a file
 
 Writes benchmark_speed.md and, with sweeps, a picture to `output_dir`.
 """
@@ -55,9 +58,8 @@ from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, basel
 from forvalue_callbacks.batching import cut, tokens_per_batch
 from forvalue_callbacks.tiny import instructions
 
-ARMS = (
-    "backbone", "bound", "scorer", "evaluation", "trainer", "sft", "algorithm1", "captum", "seen", "gradients",
-)  # fmt: skip
+ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer", "sft", "algorithm1", "captum", "seen", "pairs")
+ARMS += ("gradients",)  # the last one: it changes the model
 # What is varied alone, all else as in the config.
 SWEEPS: dict[str, tuple[str, list[Any]]] = {
     "rows": ("rows", [1000, 4000, 16000]),
@@ -204,7 +206,7 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
     adapted: list[PeftModel] = []
 
     def gradients() -> object:
-        if not adapted:  # the last arm: it changes the model
+        if not adapted:
             adapted.append(get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"])))
         return baselines.gradients(adapted[0], train)
 
@@ -246,6 +248,7 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
         "algorithm1": algorithm1,
         "captum": captum,
         "seen": lambda: (seen.direction(), seen.score(train)),
+        "pairs": lambda: scorer.pairwise(train, Path(config.output_dir) / "pairs.npy"),
         "gradients": gradients,
     }
 
@@ -346,6 +349,8 @@ def where() -> str:
 
 @torch.no_grad()
 def main(config: BenchmarkConfig) -> str:
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     if config.arm is not None:
         print(json.dumps(Meter("wall")(arms(config)[config.arm]).peak_mib))
         return ""
@@ -354,8 +359,6 @@ def main(config: BenchmarkConfig) -> str:
         f"{config.validation_rows} validation rows, seed {config.seed}; {where()}; medians of {config.repeats}.",
         "",
     ]
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     if config.memory:
         peaks, shape = measure_memory(config), SHAPES[config.shape]
         heads = 2 * (config.vocabulary or shape.vocab_size) * shape.hidden_size * 4 / 2**20

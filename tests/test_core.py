@@ -194,6 +194,13 @@ print("equal")
 """
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs there")
+def test_a_kernel_that_cannot_be_built_leaves_the_fold_to_torch(caplog):
+    core.fold_kernel.cache_clear()
+    assert core.fold_kernel() is None
+    assert "the fold runs in torch" in caplog.text
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not made for this platform")
 def test_the_triton_kernel_folds_as_torch_does():
     """Run by Triton's interpreter, on a CPU."""

@@ -200,18 +200,22 @@ def test_prefilter_drops_wrong_answers(tmp_path):
 
 
 RANKS = """
-import json, sys
+import json, sys, torch
 sys.path.insert(0, sys.argv[1])
-from accelerate import PartialState
 from conftest import build_model
-from test_labels import CONFIG, rows_of
-from forvalue_callbacks import ForValueScorer
-rank = PartialState(cpu=True).process_index
-scorer = ForValueScorer(build_model(), rows_of(60, 1)[0], CONFIG, progress=False)
-scorer.batcher.max_tokens = 40
-scores = scorer.score(rows_of(90, 2, 0.3)[0])
+from test_labels import rows_of
+from forvalue_callbacks import ForValueConfig, ForValueScorer
+torch.distributed.init_process_group("gloo")  # and no accelerate
+rank = torch.distributed.get_rank()
+train, values = rows_of(90, 2, 0.3)[0], {}
+for direction in ("labels", "whitened"):
+    scorer = ForValueScorer(build_model(), rows_of(60, 1)[0], ForValueConfig(direction=direction), progress=False)
+    scorer.batcher.max_tokens = 40
+    values[direction] = scorer.score(train).values.tolist()
+values["pairs"] = scorer.pairwise(train, f"{sys.argv[2]}/pairs.npy").nanmean(1).tolist()
 with open(f"{sys.argv[2]}/{rank}.json", "w") as file:
-    json.dump(scores.values.tolist(), file)
+    json.dump(values, file)
+torch.distributed.destroy_process_group()
 """
 
 
@@ -224,7 +228,10 @@ def test_two_gloo_ranks_have_the_scores_of_one(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=240,
     )
-    one = ForValueScorer(build_model(), rows_of(60, 1)[0], CONFIG, progress=False).score(rows_of(90, 2, 0.3)[0])
     two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert two[0] == two[1], "ranks that differ would draw different rows"
-    np.testing.assert_allclose(two[0], one.values, rtol=1e-2, atol=1e-2)
+    for direction, tolerance in (("labels", 1e-2), ("whitened", 1e-5)):
+        config = ForValueConfig(direction=direction)
+        one = ForValueScorer(build_model(), rows_of(60, 1)[0], config, progress=False).score(rows_of(90, 2, 0.3)[0])
+        np.testing.assert_allclose(two[0][direction], one.values, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(two[0]["pairs"], one.values, rtol=1e-4, atol=1e-4)
