@@ -252,18 +252,17 @@ class Batcher:
 
     def _run_after_prefixes(self, items: Sequence[Item]) -> Labelled:
         rows = [(item.row, item.n_shared) for item in items if item.row is not None]
-        number: dict[bytes, int] = {}
-        place = torch.tensor([number.setdefault(item.prefix, len(number)) for item in items])
-        beginnings = {
-            item.prefix: Row(row.input_ids[:n], row.labels[:n]) for item, (row, n) in zip(items, rows, strict=True)
-        }
-        prefixes, rest = (
-            pad([beginnings[p] for p in number]),
-            pad([Row(row.input_ids[n:], row.labels[n:]) for row, n in rows]),
-        )
+        beginnings = {row.input_ids[:n].tobytes(): Row(row.input_ids[:n], row.labels[:n]) for row, n in rows}
+        number = {prefix: k for k, prefix in enumerate(beginnings)}
+        place = torch.tensor([number[item.prefix] for item in items])
+        prefixes = pad(list(beginnings.values()))
+        rest = pad([Row(row.input_ids[n:], row.labels[n:]) for row, n in rows])
         labels = rest.pop("labels")[:, 1:].to(self.backbone.device)
-        starts = torch.tensor([n for _, n in rows])
-        rest["position_ids"] = starts[:, None] + torch.arange(rest["input_ids"].shape[1])
+        first, last = (
+            torch.tensor(ends)[:, None] for ends in ([n for _, n in rows], [item.tokens - 1 for item in items])
+        )
+        positions = first + torch.arange(rest["input_ids"].shape[1])
+        rest["position_ids"] = positions.minimum(last)  # or padding would lie beyond what learned positions there are
         rest["attention_mask"] = torch.cat([prefixes["attention_mask"][place], rest["attention_mask"]], 1)
         hidden = self.backbone.hidden_states_after(prefixes, rest, place)
         predicts = labels != IGNORED

@@ -121,6 +121,19 @@ def test_scores_after_common_beginnings_are_those_of_the_bare_rows(architecture,
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
+def test_padding_does_not_count_positions_that_the_model_has_not():
+    """Long prompts with short answers and the other way round in one batch; the model has learned 64 positions."""
+    model = build_model("gpt2", torch.float64)
+    long, short = list(range(3, 55)), list(range(10, 20))
+    rows = [{"input_ids": [*long, k, k + 1], "labels": [-100] * 52 + [k, k + 1]} for k in range(5)]
+    rows += [{"input_ids": [*short, *[k] * 30], "labels": [-100] * 10 + [k] * 30} for k in range(20, 25)]
+    scorer = ForValueScorer(model, build_rows(3), progress=False)
+    values, fewer = tokens_run(model, lambda: scorer.score(rows).values)
+    assert fewer < 0.8 * sum(len(row["input_ids"]) for row in rows)
+    alone = [scorer.score([row]).values[0] for row in rows]
+    np.testing.assert_allclose(values, alone, rtol=1e-10, atol=1e-12)
+
+
 def test_adapters_and_every_way_to_score_go_through_it():
     model = build_model("qwen2", torch.float64)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
