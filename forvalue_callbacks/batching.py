@@ -17,6 +17,7 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .core import working_dtype
 from .head import Backbone
 from .prefixes import pack, padded_tokens, shared_prefixes
 from .rows import IGNORED, Row, RowPreparer, needs_collator
@@ -102,11 +103,12 @@ class Labelled:
 
     @property
     def prompt_RD(self) -> Tensor:
-        """Mean hidden state over the positions before each row's first label, (rows, D)."""
+        """Mean hidden state over the positions before each row's first label, (rows, D), float32 or float64."""
         assert self.states_BLD is not None
         assert self.prompt_BL is not None
-        weight_BL = self.prompt_BL.to(self.states_BLD.dtype)
-        return torch.einsum("bl,bld->bd", weight_BL / weight_BL.sum(1, keepdim=True), self.states_BLD)
+        states_BLD = self.states_BLD.to(working_dtype(self.states_BLD))
+        weight_BL = self.prompt_BL.to(states_BLD)
+        return torch.einsum("bl,bld->bd", weight_BL / weight_BL.sum(1, keepdim=True), states_BLD)
 
     @property
     def first_RD(self) -> Tensor:

@@ -23,6 +23,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # the label of a token that is not scored
+# Columns of images: without them the token ids are half of the row.
+IMAGES = frozenset({"image", "images", "pixel_values"})
 
 
 class _UnscorableError(Exception):
@@ -132,7 +134,7 @@ class RowPreparer:
             return Row.unscorable(str(reason))
 
     def _prepare(self, example: Mapping[str, Any]) -> Row:
-        if "image" in example or "images" in example:
+        if not IMAGES.isdisjoint(example):
             raise ValueError(f"rows with images ({_found(example)}) need their own preparation: pass a data_collator.")
         if "input_ids" in example:
             ids, labels, source = self._labelled(example, example)
@@ -346,7 +348,7 @@ def needs_collator(example: Any) -> bool:
     if not isinstance(example, Mapping):
         return False
     labelled = not {"labels", "completion_mask", "assistant_masks"}.isdisjoint(example)
-    return "image" in example or "images" in example or ("input_ids" in example and not labelled)
+    return not IMAGES.isdisjoint(example) or ("input_ids" in example and not labelled)
 
 
 def _integers(tokens: Mapping[str, Any], column: str) -> np.ndarray:

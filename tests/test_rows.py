@@ -478,6 +478,7 @@ def test_a_chat_template_may_come_with_the_row(tokenizer):
     [
         ({"images": [], "messages": []}, True),
         ({"image": None}, True),
+        ({"input_ids": IDS, "labels": IDS, "pixel_values": [[0.0]]}, True),
         ({"input_ids": IDS}, True),
         ({"input_ids": IDS, "labels": IDS}, False),
         ({"input_ids": IDS, "assistant_masks": IDS}, False),

@@ -43,7 +43,7 @@ def prepared(rows: Iterable[Mapping[str, Any]]) -> list[ModelRow]:
     prepare = RowPreparer()
     out = []
     for i, example in enumerate(rows):
-        row = prepare(example)
+        row = prepare({name: value for name, value in example.items() if name != "pixel_values"})
         if row.reason is not None:
             raise ValueError(f"row {i} cannot be scored: {row.reason}")
         pixels = {"pixel_values": torch.as_tensor(example["pixel_values"])} if "pixel_values" in example else {}
