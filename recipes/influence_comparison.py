@@ -240,13 +240,12 @@ def compare(
         ONE_SCORE: lambda scorer: torch.from_numpy(scorer.score(rows.scorer_train).values),
     }
     for direction in directions(labels.clean_N is not None):
+        settings = ForValueConfig(direction=direction)
         for suffix, call in calls.items():
+            if suffix == "" and (settings.fits_head or settings.gives_log_odds):
+                continue  # one number per row: the whole validation set moves the head
             scorer = ForValueScorer(
-                model,
-                rows.scorer_validation,
-                ForValueConfig(direction=direction),
-                data_collator=rows.data_collator,
-                progress=False,
+                model, rows.scorer_validation, settings, data_collator=rows.data_collator, progress=False
             )
             try:
                 add(f"For-Value, {direction}{suffix}", meter(partial(call, scorer)))
