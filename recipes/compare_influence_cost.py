@@ -3,19 +3,17 @@
     python recipes/compare_influence_cost.py
     python recipes/compare_influence_cost.py --shapes tiny --rows 64 --validation_rows 8
 
-Random weights and random tokens: times do not depend on the values. bfloat16 on an accelerator, where peak memory is
-measured too (torch 2.9 or later); a CPU runs the tiny shape alone, in float32, and the table says of the others that
-they were not run. Medians over the repeats, everything side by side in one process.
+Random weights and random tokens: times do not depend on the values. bfloat16 on an accelerator (torch 2.9 or later); a
+CPU runs the tiny shape alone, in float32, and the table says of the others that they were not run. Medians over the
+repeats, everything side by side in one process.
 
 DataInf's cost comes in three phases: LoRA training, per-sample gradients of both sides at its end, and the influence
-itself. One epoch is trained and its time multiplied by the number of epochs, which are alike. Pairs of For-Value are
-computed for two numbers of rows and continued along the line through both: every row costs the same.
+itself. One epoch is trained and its time multiplied by the number of epochs, which are alike.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from influence_comparison import train_epochs, with_lora
-from influence_report import ComparisonConfig, known
+from influence_report import ComparisonConfig, Measured, Meter, known
 from shapes import SHAPES, random_model
 from trl import TrlParser
 
@@ -43,7 +41,6 @@ class CostConfig:
     length: int = field(default=64, metadata={"help": "Tokens in the longest row; lengths are uniform from half."})
     labelled: float = field(default=1 / 3, metadata={"help": "Share of a row's tokens that are its answer."})
     epochs: int = field(default=10, metadata={"help": "Epochs of LoRA training that DataInf is charged with."})
-    pair_rows: int = field(default=20, metadata={"help": "Rows whose pairs are computed; the rest is extrapolated."})
     repeats: int = field(default=3, metadata={"help": "Times everything is run; medians are printed."})
     output: str | None = field(default=None, metadata={"help": "File that the table is written to as well."})
 
@@ -62,51 +59,41 @@ def random_rows(config: CostConfig, vocab_size: int) -> list[dict[str, list[int]
     return rows
 
 
-class Meter:
-    """Median seconds, and the largest peak of the accelerator's memory in GiB, of each named call."""
+class Medians:
+    """Median seconds, and the largest peak of memory in GiB, of each named call."""
 
-    def __init__(self, accelerator: torch.device | None):
-        self.accelerator = accelerator
-        self.seconds: dict[str, list[float]] = {}
-        self.peaks: dict[str, float] = {}
+    def __init__(self) -> None:
+        self.meter = Meter("wall")
+        self.calls: dict[str, list[Measured]] = {}
 
     def __call__(self, name: str, function: Callable[[], Any]) -> Any:
-        if self.accelerator is not None:
-            torch.accelerator.reset_peak_memory_stats()
-            torch.accelerator.synchronize()
-        started = time.perf_counter()
-        out = function()
-        if self.accelerator is not None:
-            torch.accelerator.synchronize()
-            self.peaks[name] = max(self.peaks.get(name, 0.0), torch.accelerator.max_memory_allocated() / 2**30)
-        self.seconds.setdefault(name, []).append(time.perf_counter() - started)
-        return out
+        measured = self.meter(function)
+        self.calls.setdefault(name, []).append(measured._replace(value=None))
+        return measured.value
 
     def median(self, name: str) -> float:
-        return statistics.median(self.seconds[name])
+        return statistics.median(call.seconds for call in self.calls[name])
 
     def peak(self, *names: str) -> float | None:
-        return max((self.peaks[name] for name in names), default=None) if self.peaks else None
+        peaks = [call.peak_mib for name in names for call in self.calls[name] if call.peak_mib is not None]
+        return max(peaks) / 1024 if peaks else None
 
 
 def measure(config: CostConfig, shape: str) -> list[tuple[str, float, float | None]]:
     """Rows of the table: what, seconds, GiB."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     model = random_model(shape)
     rows = random_rows(config, SHAPES[shape].vocab_size)
     train, validation = rows[: config.rows], rows[config.rows :]
-    meter = Meter(accelerator)
+    meter = Medians()
 
     def scorer() -> ForValueScorer:  # a new one each time: the validation side is part of the cost
         return ForValueScorer(model, validation, progress=False)
 
-    few, many = config.pair_rows // 2, config.pair_rows
     scorer().score(train[:8])  # warm up
     for _ in range(config.repeats):
         meter("evaluation", lambda: baselines.loss(model, rows))
         meter("score", lambda: scorer().score(train))
-        meter("pairs of few", lambda: scorer().pairwise(train[:few]))
-        meter("pairs of many", lambda: scorer().pairwise(train[:many]))
+        meter("pairs", lambda: scorer().pairwise(train))
     lora = with_lora(model, ComparisonConfig(), seed=0)
     epochs = train_epochs(lora, train, ComparisonConfig(epochs=config.repeats + 1), seed=0)
     next(epochs)  # warm up
@@ -120,14 +107,12 @@ def measure(config: CostConfig, shape: str) -> list[tuple[str, float, float | No
     for _ in range(config.repeats):
         meter("epoch", lambda: next(epochs))
         gradients_and_influence()
-    slope = (meter.median("pairs of many") - meter.median("pairs of few")) / (many - few)
-    pairs = meter.median("pairs of few") + slope * (config.rows - few)
     training = config.epochs * meter.median("epoch")
     whole = training + meter.median("gradients") + meter.median("influence")
     return [
         ("one evaluation pass", meter.median("evaluation"), meter.peak("evaluation")),
         ("For-Value, score()", meter.median("score"), meter.peak("score")),
-        (f"For-Value, pairwise ({many} rows measured)", pairs, meter.peak("pairs of many")),
+        ("For-Value, pairwise", meter.median("pairs"), meter.peak("pairs")),
         (f"DataInf, training ({config.epochs} times one epoch)", training, meter.peak("epoch")),
         ("DataInf, gradients", meter.median("gradients"), meter.peak("gradients")),
         ("DataInf, influence", meter.median("influence"), meter.peak("influence")),

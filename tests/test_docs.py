@@ -18,7 +18,7 @@ RECIPES = {
     "benchmark_speed": ["--shape", "tiny", "--rows", "2", "--length", "8", "--validation_rows", "2", "--repeats", "1"],
     "compare_influence_cost": [
         *("--shapes", "tiny", "qwen2.5-7b", "--rows", "6", "--validation_rows", "2", "--length", "8"),
-        *("--pair_rows", "4", "--repeats", "1", "--epochs", "1", "--output", "out/cost.md"),
+        *("--repeats", "1", "--epochs", "1", "--output", "out/cost.md"),
     ],
     "demo": ["--rows", "40", "--epochs", "0.1", "--output_dir", "out"],
     "find_mislabels": [
