@@ -178,3 +178,23 @@ def test_memory_that_runs_out_halves_batches_that_share(monkeypatch):
     monkeypatch.setattr(scorer.backbone, "hidden_states_after", short_of_memory)
     np.testing.assert_allclose(scorer.score(rows).values, want, rtol=1e-10)
     assert max(sizes) > 3 >= min(sizes)
+
+
+@pytest.mark.parametrize("budget", [60, 100, 4096])
+def test_every_rank_runs_the_model_equally_often(budget, monkeypatch):
+    """Sharded models gather their weights in every pass: a rank that runs one less would leave the others waiting."""
+    model = build_model("llama", torch.float64)
+    rows = [*rows_with_a_system_prompt(10), *build_rows(3, seed=5)]
+    scorer = ForValueScorer(model, rows[:1], ForValueConfig(max_tokens_per_batch=budget), progress=False)
+    items = [item for item, _ in scorer.batcher.items(rows)]
+    passes, found = [], []
+    for rank in range(3):
+        monkeypatch.setattr("forvalue_callbacks.batching.world", lambda rank=rank: (rank, 3))
+        run = []
+        handle = model.base_model.register_forward_pre_hook(lambda *_, run=run: run.append(1))
+        with torch.no_grad():
+            found += [i for batch in scorer.batcher.labelled(items, states=False) for i in batch.index]
+        handle.remove()
+        passes.append(len(run))
+    assert sorted(found) == list(range(13))
+    assert len(set(passes)) == 1
