@@ -66,12 +66,15 @@ def forward_only(model: nn.Module, rows: list[dict[str, Any]], validation: list[
 
 
 def in_run(model: nn.Module, rows: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Tensor:
-    """Over one epoch by SGD, which is what its equations are for; the model gets its weights back."""
+    """Over one epoch by SGD, which is what its equations are for; the model gets its weights back.
+
+    At a constant rate, or rows that happen to be drawn late would count less.
+    """
     callback = baselines.InRunShapleyCallback(rows, validation)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     arguments = TrainingArguments(
         "outputs/in_run", num_train_epochs=1, per_device_train_batch_size=64, learning_rate=3e-4, optim="sgd",
-        report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+        lr_scheduler_type="constant", report_to=[], save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     Trainer(model, arguments, collate, Dataset.from_list(rows), callbacks=[callback]).train()
     with torch.no_grad():
