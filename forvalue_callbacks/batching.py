@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import xxhash
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets.fingerprint import Hasher
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import working_dtype
@@ -60,9 +61,15 @@ class Item:
         """The tokens that it shares."""
         return b"" if self.row is None else self.row.input_ids[: self.n_shared].tobytes()
 
-    @property
+    @cached_property
     def tokens(self) -> int:
-        return 1 if self.row is None else len(self.row.input_ids)
+        """Tokens that the model must read: nothing needs what follows the position that predicts the last label."""
+        return 1 if self.row is None else int(np.flatnonzero(self.row.labels != IGNORED)[-1])
+
+    def predicting(self, start: int = 0) -> Row:
+        """Those tokens from `start` on, and beside each the label that it predicts."""
+        assert self.row is not None
+        return Row(self.row.input_ids[start : self.tokens], self.row.labels[start + 1 : self.tokens + 1])
 
     def hash(self) -> str:
         """Hash of the row as the model sees it."""
@@ -171,36 +178,45 @@ class Batcher:
                 yield item, None if item.answer else "no labelled tokens after the data_collator"
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        if items[0].row is None:
-            assert self.data_collator is not None
-            batch = dict(self.data_collator([item.example for item in items]))
-            if len(batch["input_ids"]) != len(items):
-                raise ValueError("the data_collator flattens rows into one (padding-free): score with a padding one.")
-            return batch
-        return pad([item.row for item in items if item.row is not None])
+        """Model inputs, and beside each position the label that it predicts."""
+        if items[0].row is not None:
+            return pad([item.predicting() for item in items])
+        assert self.data_collator is not None
+        batch = dict(self.data_collator([item.example for item in items]))
+        if len(batch["input_ids"]) != len(items):
+            raise ValueError("the data_collator flattens rows into one (padding-free): score with a padding one.")
+        batch["labels"] = nn.functional.pad(torch.as_tensor(batch["labels"])[:, 1:], (0, 1), value=IGNORED)
+        return batch
 
     def _batches(self, items: list[Item], states: bool) -> list[list[Item]]:
         tokens = [item for item in items if item.row is not None]
         collated = [item for item in items if item.row is None]
         batches = self._cut(tokens)
         if not states and self.backbone.shares_prefixes:
-            sharing = self._sharing(tokens)
-            if sum(map(padded, sharing)) < WORTH_SHARING * sum(map(padded, batches)):
+            worth_it = WORTH_SHARING * sum(map(padded, batches))
+            sharing = self._sharing(tokens, worth_it)
+            if sharing and sum(map(padded, sharing)) < worth_it:
                 batches = sharing
         return batches + [collated[lo : lo + COLLATED_ROWS] for lo in range(0, len(collated), COLLATED_ROWS)]
 
     def _cut(self, items: list[Item]) -> list[list[Item]]:
         return [[items[i] for i in batch] for batch in cut([item.tokens for item in items], self.max_tokens)]
 
-    def _sharing(self, items: list[Item]) -> list[list[Item]]:
-        """Batches of rows that begin alike, then those of the others."""
+    def _sharing(self, items: list[Item], max_total: float) -> list[list[Item]]:
+        """Batches of rows that begin alike, then those of the others; none where all that is saved leaves too much.
+
+        Args:
+            max_total: tokens that must be left at most, without padding.
+        """
         rows = [item.row for item in items if item.row is not None]
         # The position that predicts the first label must be run for each row, or its hidden state would be missing.
         prompts = [row.input_ids[: max(0, int((row.labels != IGNORED).argmax()) - 1)] for row in rows]
-        sharing: list[Item] = []
-        alone: list[Item] = []
-        for item, n_shared in zip(items, shared_prefixes(prompts).tolist(), strict=True):
-            (sharing if n_shared else alone).append(replace(item, n_shared=n_shared))
+        n_shared = shared_prefixes(prompts)
+        sharing = [replace(item, n_shared=int(n)) for item, n in zip(items, n_shared, strict=True) if n]
+        beginnings = {item.prefix: item.n_shared for item in sharing}
+        if sum(item.tokens for item in items) - n_shared.sum() + sum(beginnings.values()) >= max_total:
+            return []
+        alone = [item for item, n in zip(items, n_shared, strict=True) if not n]
         lengths = [item.n_shared for item in sharing], [item.tokens - item.n_shared for item in sharing]
         packed = pack([item.prefix for item in sharing], *lengths, self.max_tokens)
         return [[sharing[i] for i in batch] for batch in packed] + self._cut(alone)
@@ -244,13 +260,13 @@ class Batcher:
             return self._run_after_prefixes(items)
         batch = self.collate(items)
         hidden = self.backbone.hidden_states(batch)
-        labels = torch.as_tensor(batch["labels"]).to(hidden.device)[:, 1:]
-        predicts = labels != IGNORED
-        prompt = torch.arange(hidden.shape[1], device=hidden.device) <= predicts.int().argmax(1, keepdim=True)
+        predicts = batch["labels"] != IGNORED
+        prompt = torch.arange(hidden.shape[1], device=predicts.device) <= predicts.int().argmax(1, keepdim=True)
         if (mask := batch.get("attention_mask")) is not None:
             prompt = prompt & torch.as_tensor(mask).to(prompt.device).bool()
-        lengths = predicts.sum(1).tolist()
-        return Labelled(list(items), lengths, hidden[:, :-1][predicts], labels[predicts], hidden, prompt)
+        return replace(
+            labelled_positions(items, hidden, batch["labels"]), states_BLD=hidden, prompt_BL=prompt.to(hidden.device)
+        )
 
     def _run_after_prefixes(self, items: Sequence[Item]) -> Labelled:
         rows = [(item.row, item.n_shared) for item in items if item.row is not None]
@@ -258,8 +274,8 @@ class Batcher:
         number = {prefix: k for k, prefix in enumerate(beginnings)}
         place = torch.tensor([number[item.prefix] for item in items])
         prefixes = pad(list(beginnings.values()))
-        rest = pad([Row(row.input_ids[n:], row.labels[n:]) for row, n in rows])
-        labels = rest.pop("labels")[:, 1:].to(self.backbone.device)
+        rest = pad([item.predicting(item.n_shared) for item in items])
+        labels = rest.pop("labels")
         first, last = (
             torch.tensor(ends)[:, None] for ends in ([n for _, n in rows], [item.tokens - 1 for item in items])
         )
@@ -267,8 +283,7 @@ class Batcher:
         rest["position_ids"] = positions.minimum(last)  # or padding would lie beyond what learned positions there are
         rest["attention_mask"] = torch.cat([prefixes["attention_mask"][place], rest["attention_mask"]], 1)
         hidden = self.backbone.hidden_states_after(prefixes, rest, place)
-        predicts = labels != IGNORED
-        return Labelled(list(items), predicts.sum(1).tolist(), hidden[:, :-1][predicts], labels[predicts])
+        return labelled_positions(items, hidden, labels)
 
     def _forward(self, items: list[Item], failed: dict[int, str] | None) -> Iterator[Labelled]:
         """One forward pass, or several smaller ones where memory runs out."""
@@ -364,6 +379,15 @@ class Batcher:
         return tqdm(total=total, desc=description, unit="row", disable=disable)
 
 
+def labelled_positions(items: Sequence[Item], hidden_BLD: Tensor, labels_BL: Tensor) -> Labelled:
+    """The positions that predict a label, found where the labels lie: looking for them on an accelerator would wait
+    for the forward pass."""
+    predicts = labels_BL != IGNORED
+    places = predicts.flatten().nonzero()[:, 0].to(hidden_BLD.device)
+    labels_T = labels_BL[predicts].to(hidden_BLD.device)
+    return Labelled(list(items), predicts.sum(1).tolist(), hidden_BLD.flatten(0, 1)[places], labels_T)
+
+
 def padded(batch: Sequence[Item]) -> int:
     """Tokens that a batch of rows makes the model run over."""
     shared = [item.n_shared for item in batch]
@@ -386,13 +410,9 @@ def pad(rows: Sequence[Row]) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def cut(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Places of rows, the longest first, cut so that no padded batch exceeds `max_tokens` (or one row)."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        n = max(1, max_tokens // max(1, lengths[order[0]]))
-        yield order[:n]
-        del order[:n]
+def cut(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Places of rows in batches alike in length, the longest first, of at most `max_tokens` padded (or one row)."""
+    return pack([b""] * len(lengths), [0] * len(lengths), lengths, max_tokens)
 
 
 def tokens_per_batch(device: torch.device | None) -> int:

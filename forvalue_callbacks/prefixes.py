@@ -13,6 +13,8 @@ import numpy as np
 
 # How many depths are tried at which rows may part.
 DEPTHS = 32
+# What a batch costs whatever it holds (the weights are read, kernels launched), as a share of the largest one.
+PASS_COST = 1 / 32
 
 
 def shared_prefixes(prompts: Sequence[np.ndarray]) -> np.ndarray:
@@ -61,22 +63,36 @@ def padded_tokens(prefixes: Sequence[bytes], prefix_lengths: Sequence[int], rest
 def pack(
     prefixes: Sequence[bytes], prefix_lengths: Sequence[int], rest_lengths: Sequence[int], max_tokens: int
 ) -> list[list[int]]:
-    """Places of rows in batches of at most `max_tokens` padded tokens (or one row), those of one prefix together."""
+    """Places of rows in batches of at most `max_tokens` padded tokens (or one row), those of one prefix together.
+
+    The rows are put in order; where to cut is found by dynamic programming: the fewest padded tokens over all batches,
+    each counted as `PASS_COST` more.
+    """
     longest: dict[bytes, int] = {}
-    for prefix, rest in zip(prefixes, rest_lengths, strict=True):
-        longest[prefix] = max(rest, longest.get(prefix, 0))
+    for prefix, length in zip(prefixes, rest_lengths, strict=True):
+        longest[prefix] = max(length, longest.get(prefix, 0))
     order = sorted(
         range(len(prefixes)), key=lambda i: (-longest[prefixes[i]], prefixes[i], -rest_lengths[i])
     )  # groups of like lengths meet, and the longest batch comes first, so that a lack of memory shows at once
-    batches: list[list[int]] = []
-    n_prefixes = longest_prefix = longest_rest = 0
-    for i in order:
-        new = not batches or prefixes[i] != prefixes[batches[-1][-1]]
-        wider = n_prefixes + new, max(longest_prefix, prefix_lengths[i]), max(longest_rest, rest_lengths[i])
-        if batches and wider[0] * wider[1] + (len(batches[-1]) + 1) * wider[2] <= max_tokens:
-            batches[-1].append(i)
-            n_prefixes, longest_prefix, longest_rest = wider
-        else:
-            batches.append([i])
-            n_prefixes, longest_prefix, longest_rest = 1, prefix_lengths[i], rest_lengths[i]
-    return batches
+    number = np.cumsum([k > 0 and prefixes[i] != prefixes[order[k - 1]] for k, i in enumerate(order)])
+    begin, rest = np.array(prefix_lengths)[order], np.array(rest_lengths)[order]
+    sharing, counts = begin.any(), np.arange(1, len(order) + 1)
+    least = np.full(len(order) + 1, np.inf)  # what the best batches of the first so many rows cost
+    least[0] = 0
+    start = np.zeros(len(order) + 1, dtype=np.int64)  # where the last of them starts
+    for i in range(len(order)):
+        some = slice(i, min(len(order), i + max(1, max_tokens // max(1, rest[i]))))
+        tokens = counts[: some.stop - i] * rest[i]
+        if sharing:  # and a longer rest may follow, of another prefix
+            tokens = counts[: some.stop - i] * np.maximum.accumulate(rest[some])
+            tokens += (number[some] - number[i] + 1) * np.maximum.accumulate(begin[some])
+            tokens = tokens[: max(1, np.searchsorted(tokens, max_tokens, "right"))]  # they only grow
+        ends = slice(i + 1, i + 1 + len(tokens))
+        cost = least[i] + tokens + PASS_COST * max_tokens
+        start[ends] = np.where(cost < least[ends], i, start[ends])
+        least[ends] = np.minimum(cost, least[ends])
+    batches, end = [], len(order)
+    while end:
+        batches.append(order[start[end] : end])
+        end = start[end]
+    return batches[::-1]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ import numpy as np
 import torch
 import xxhash
 from numpy.lib.format import open_memmap
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import core
 from .auto import REPEATED, score_auto, score_labels, share_repeated
-from .batching import Batcher, Item, Labelled, concatenate, joined, world
+from .batching import Batcher, Item, Labelled, concatenate, joined, of_all_ranks, world
 from .corruption import word_starts
 from .evidence import OVERFLOW
 from .fitting import Fit, fit_head
@@ -77,6 +82,13 @@ class ForValueConfig:
         default=None,
         metadata={"help": "Run the forward pass under autocast in this dtype ('bfloat16'); None: the model's own."},
     )
+    direction_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder where directions are kept, by a hash of weights, validation rows and config, for other "
+            "processes that score with the same ('auto' and 'labels' have none). As large as the head in float32 each."
+        },
+    )
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -120,7 +132,8 @@ class ForValueScorer:
         rows: how rows are prepared, as in `SFTConfig` (`max_length`, `completion_only_loss`, ...).
         progress: show progress bars (on the first rank).
 
-    The direction is computed once, at first use: make a new scorer for a model that has been trained since.
+    The direction is computed once, at first use (and kept for other processes in `config.direction_cache`): make a
+    new scorer for a model that has been trained since.
 
     Raises:
         ValueError: a model whose head cannot be described, no validation row that can be scored, unknown columns.
@@ -306,15 +319,21 @@ class ForValueScorer:
         """How the head moves, float32 (V, d) (float64 for a float64 model), computed once: D, or the fitted move."""
         self._refuse_log_odds("the head's direction")
         if self._direction is None:
-            with left_as_found(self.backbone.model):
-                self._direction = self._fit()
+            file = self._direction_file()
+            if file is not None and all(of_all_ranks({world()[0]: file.is_file()}).values()):
+                self._direction = self._read_direction(file)
+            else:
+                with left_as_found(self.backbone.model):
+                    self._direction = self._fit()
+                if file is not None and world()[0] == 0:
+                    self._write_direction(file, self._direction)
         return self._direction
 
     def made_of(self) -> dict[str, str]:
         """Hashes of what determines a score apart from the row itself: weights, validation rows, config."""
         if self._made_of is None:
             config = {**asdict(self.config), **asdict(self.rows)}
-            del config["max_tokens_per_batch"]  # changes no score
+            del config["max_tokens_per_batch"], config["direction_cache"]  # change no score
             self._made_of = {
                 "weights": hash_weights(self.backbone.model),
                 "validation": _digest("".join(item.hash() for item in self._validation())),
@@ -398,6 +417,32 @@ class ForValueScorer:
             self._second_moment = moment_DD / n_tokens
         metric = self._metric()
         return total_VD if metric is None else total_VD @ metric.to(total_VD)
+
+    def _direction_file(self) -> Path | None:
+        if self.config.direction_cache is None:
+            return None
+        made_of = repr((version("forvalue-callbacks"), sorted(self.made_of().items())))
+        return Path(self.config.direction_cache) / f"direction-{_digest(made_of)}.safetensors"
+
+    def _write_direction(self, file: Path, direction: Tensor) -> None:
+        tensors = {"direction": direction.contiguous()}
+        if self._second_moment is not None:
+            tensors["second_moment"] = self._second_moment
+        fit = {} if self.fit is None else {"ridge": self.fit.ridge, "curve": list(self.fit.curve.items())}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        save_file(tensors, part, {"fit": json.dumps(fit)})
+        part.replace(file)  # at once: another process never reads half of it
+
+    def _read_direction(self, file: Path) -> Tensor:
+        logger.info("the validation direction is that in %s", file)
+        tensors = load_file(file, device=str(self.backbone.head().weight.device))
+        self._second_moment = tensors.get("second_moment")
+        with safe_open(file, "pt") as opened:
+            fit = json.loads(opened.metadata()["fit"])
+        if fit:
+            self.fit = Fit(tensors["direction"], fit["ridge"], dict(map(tuple, fit["curve"])))
+        return tensors["direction"]
 
     def _metric(self) -> Tensor | None:
         """M of `<h, M h'>`: inverse of the ridged second moment for "whitened", None (the identity) otherwise."""

@@ -208,8 +208,9 @@ from forvalue_callbacks import ForValueConfig, ForValueScorer
 torch.distributed.init_process_group("gloo")  # and no accelerate
 rank = torch.distributed.get_rank()
 train, values = rows_of(90, 2, 0.3)[0], {}
-for direction in ("labels", "whitened"):
-    scorer = ForValueScorer(build_model(), rows_of(60, 1)[0], ForValueConfig(direction=direction), progress=False)
+for direction in ("labels", "whitened", "whitened"):  # the last one finds the direction that the one before has kept
+    config = ForValueConfig(direction=direction, direction_cache=sys.argv[2])
+    scorer = ForValueScorer(build_model(), rows_of(60, 1)[0], config, progress=False)
     scorer.batcher.max_tokens = 40
     values[direction] = scorer.score(train).values.tolist()
 values["pairs"] = scorer.pairwise(train, f"{sys.argv[2]}/pairs.npy").nanmean(1).tolist()

@@ -9,7 +9,7 @@ import torch
 from conftest import ARCHITECTURES, VOCAB, build_model, build_rows
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
-from forvalue_callbacks.prefixes import pack, padded_tokens, shared_prefixes
+from forvalue_callbacks.prefixes import PASS_COST, pack, padded_tokens, shared_prefixes
 
 SLIDING = {"mistral", "gemma2-softcap", "gemma3-softcap", "gemma3"}
 
@@ -77,6 +77,31 @@ def test_batches_hold_every_row_once_within_the_budget(budget):
         assert len(batches) == 1
 
 
+@pytest.mark.parametrize(("n_prefixes", "budget"), product([0, 1, 3], [1, 30, 64, 1000]))
+def test_batches_cost_as_little_as_any_cut_of_their_order(n_prefixes, budget):
+    def splits(n):
+        return [[]] if n == 0 else [[k, *rest] for k in range(1, n + 1) for rest in splits(n - k)]
+
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        prefixes = [bytes([k]) if n_prefixes else b"" for k in rng.integers(0, max(1, n_prefixes), 9)]
+        lengths, rest = [11 * len(prefix) for prefix in prefixes], rng.integers(1, 40, 9).tolist()
+
+        def cost(order, sizes, sides=(prefixes, lengths, rest)):
+            total, lo = 0.0, 0
+            for n in sizes:
+                tokens = padded_tokens(*([side[i] for i in order[lo : lo + n]] for side in sides))
+                total += tokens + PASS_COST * budget if n == 1 or tokens <= budget else np.inf
+                lo += n
+            return total
+
+        batches = pack(prefixes, lengths, rest, budget)
+        order = [i for batch in batches for i in batch]
+        best = min(cost(order, sizes) for sizes in splits(9))
+        assert cost(order, [len(batch) for batch in batches]) == pytest.approx(best)
+    assert pack([], [], [], budget) == []
+
+
 def rows_with_a_system_prompt(n, seed=0):
     """20 tokens that all begin with, then one of three questions, then an answer."""
     generator = torch.Generator().manual_seed(seed)
@@ -121,8 +146,10 @@ def test_scores_after_common_beginnings_are_those_of_the_bare_rows(architecture,
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
-def test_padding_does_not_count_positions_that_the_model_has_not():
+def test_padding_does_not_count_positions_that_the_model_has_not(monkeypatch):
     """Long prompts with short answers and the other way round in one batch; the model has learned 64 positions."""
+    monkeypatch.setattr("forvalue_callbacks.prefixes.PASS_COST", 1.0)  # or they would be two batches
+    monkeypatch.setattr("forvalue_callbacks.batching.WORTH_SHARING", 1.0)
     model = build_model("gpt2", torch.float64)
     long, short = list(range(3, 55)), list(range(10, 20))
     rows = [{"input_ids": [*long, k, k + 1], "labels": [-100] * 52 + [k, k + 1]} for k in range(5)]
@@ -130,7 +157,7 @@ def test_padding_does_not_count_positions_that_the_model_has_not():
     scorer = ForValueScorer(model, build_rows(3), progress=False)
     scorer.direction()
     values, fewer = tokens_run(model, lambda: scorer.score(rows).values)
-    assert fewer == 2 * 51 + 10 * 31, "two beginnings, and what follows on ten rows, padded"
+    assert fewer == 2 * 51 + 10 * 30, "two beginnings, and what follows on ten rows, padded"
     alone = [scorer.score([row]).values[0] for row in rows]
     np.testing.assert_allclose(values, alone, rtol=1e-10, atol=1e-12)
 

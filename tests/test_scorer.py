@@ -114,6 +114,27 @@ def test_scores_are_the_same_whatever_the_padding(architecture, side):
     )
 
 
+def test_tokens_after_the_last_position_that_predicts_are_not_run(monkeypatch):
+    model, run = build_model(), []
+    forward = model.base_model.forward
+
+    def count(*args, input_ids=None, **kwargs):
+        run.append(tuple(input_ids.shape))
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    want = score(model).values
+    longer = [
+        {"input_ids": row["input_ids"] + [7] * (5 + i), "labels": row["labels"] + [-100] * (5 + i)}
+        for i, row in enumerate(TRAIN)
+    ]
+    monkeypatch.setattr(model.base_model, "forward", count)
+    scorer = ForValueScorer(model, VALIDATION, ForValueConfig(max_tokens_per_batch=1), progress=False)
+    scorer.direction()
+    run.clear()
+    assert relative(scorer.score(longer).values, want) < 1e-6
+    assert sorted(run) == sorted((1, len(row["input_ids"]) - 1) for row in TRAIN)
+
+
 def test_token_scores_sum_to_the_rows_score():
     model = build_model()
     scorer = ForValueScorer(model, VALIDATION, progress=False)
@@ -301,7 +322,7 @@ def test_running_out_of_memory_halves_the_batch_and_changes_no_score(monkeypatch
 
     long = [{"input_ids": list(range(3, 43)), "labels": list(range(3, 43))}]
     scores = score(model, TRAIN + long)
-    assert "out of memory with this row alone (40 tokens)" in scores.reasons[-1]
+    assert "out of memory with this row alone (39 tokens)" in scores.reasons[-1]
     assert relative(scores.values[:-1], want) < 1e-6
 
 
@@ -325,10 +346,10 @@ def test_the_model_is_left_exactly_as_found():
     assert not any(p.is_inference() for p in [*model.parameters(), *model.buffers()])
 
 
-def test_fingerprints_change_with_what_makes_the_scores_and_with_nothing_else():
+def test_fingerprints_change_with_what_makes_the_scores_and_with_nothing_else(tmp_path):
     model = build_model()
     base = score(model).metadata["made_of"]
-    assert score(model, max_tokens_per_batch=17).metadata["made_of"] == base
+    assert score(model, max_tokens_per_batch=17, direction_cache=str(tmp_path)).metadata["made_of"] == base
     nudged = build_model()
     with torch.no_grad():
         nudged.model.layers[1].mlp.up_proj.weight[-1, -1] += 1e-3
@@ -340,6 +361,50 @@ def test_fingerprints_change_with_what_makes_the_scores_and_with_nothing_else():
     }
     for part, scores in changed.items():
         assert {k for k, v in scores.metadata["made_of"].items() if v != base[k]} == {part}
+
+
+@pytest.mark.parametrize(
+    ("direction", "normalize"),
+    [("gradient", "none"), ("whitened", "cosine"), ("fitted", "none"), ("fitted_likelihood", "length")],
+)
+def test_a_direction_is_kept_for_other_processes(direction, normalize, tmp_path, monkeypatch):
+    def scorer(model, validation=VALIDATION, **config):
+        config = {"direction": direction, "normalize": normalize, "direction_cache": str(tmp_path / "new"), **config}
+        return ForValueScorer(model, validation, ForValueConfig(**config), progress=False)
+
+    first = scorer(build_model())
+    want = first.score(TRAIN)
+    monkeypatch.setattr(ForValueScorer, "_fit", lambda self: pytest.fail("the direction is computed again"))
+    again = scorer(build_model(), max_tokens_per_batch=50)
+    got = again.score(TRAIN)
+    np.testing.assert_allclose(got.values, want.values, rtol=1e-5)
+    assert got.metadata["made_of"] == want.metadata["made_of"]
+    if direction == "whitened":
+        first, again = (scorer(build_model(), normalize="none") for _ in range(2))
+        monkeypatch.undo()
+        np.testing.assert_array_equal(again.pairwise(TRAIN).numpy(), first.pairwise(TRAIN).numpy())
+    if direction.startswith("fitted"):
+        assert again.fit.curve == first.fit.curve
+        assert again.fit.ridge == first.fit.ridge
+        assert torch.equal(again.fit.move_VD, first.fit.move_VD)
+
+
+def test_a_kept_direction_is_not_taken_for_another(tmp_path):
+    config = {"direction_cache": str(tmp_path)}
+    nudged = build_model()
+    with torch.no_grad():
+        nudged.model.layers[1].mlp.up_proj.weight[-1, -1] += 1e-3
+    for n, other in enumerate(
+        (
+            lambda: score(build_model(), **config),
+            lambda: score(nudged, **config),
+            lambda: score(build_model(), validation=VALIDATION[1:], **config),
+            lambda: score(build_model(), direction="whitened", **config),
+        ),
+        start=1,
+    ):
+        other()
+        assert len(list(tmp_path.iterdir())) == n
 
 
 def test_bad_settings_say_what_would_be_right():
