@@ -82,10 +82,10 @@ def test_batches_cost_as_little_as_any_cut_of_their_order(n_prefixes, budget):
     def splits(n):
         return [[]] if n == 0 else [[k, *rest] for k in range(1, n + 1) for rest in splits(n - k)]
 
-    for seed in range(4):
+    for seed in range(10):
         rng = np.random.default_rng(seed)
-        prefixes = [bytes([k]) if n_prefixes else b"" for k in rng.integers(0, max(1, n_prefixes), 9)]
-        lengths, rest = [11 * len(prefix) for prefix in prefixes], rng.integers(1, 40, 9).tolist()
+        prefixes = [bytes([10 + 9 * k]) if n_prefixes else b"" for k in rng.integers(0, max(1, n_prefixes), 9)]
+        lengths, rest = [sum(prefix) for prefix in prefixes], rng.integers(1, 40, 9).tolist()
 
         def cost(order, sizes, sides=(prefixes, lengths, rest)):
             total, lo = 0.0, 0
