@@ -19,6 +19,8 @@ Random weights of the true shape (times do not depend on the values), float32 on
     captum     TracInCPFast on the head, every labelled position an example: the same scores
     gradients  per-sample LoRA gradients (r=8, query and value), which DataInf and its like need after training
     seen       the scorer with vocab="seen", and on the tiny model how far off it is
+    direction  the validation side alone: hash of the weights and ForValueScorer.direction
+    kept       the same where another process has left the direction in `direction_cache`
     pairs      ForValueScorer.pairwise, to a file
 
 Writes benchmark_speed.md and, with sweeps, a picture to `output_dir`.
@@ -58,8 +60,8 @@ from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, basel
 from forvalue_callbacks.batching import cut, tokens_per_batch
 from forvalue_callbacks.tiny import instructions
 
-ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer", "sft", "algorithm1", "captum", "seen", "pairs")
-ARMS += ("gradients",)  # the last one: it changes the model
+ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer", "sft", "algorithm1", "captum", "seen", "direction")
+ARMS += ("kept", "pairs", "gradients")  # the last one changes the model
 # What is varied alone, all else as in the config.
 SWEEPS: dict[str, tuple[str, list[Any]]] = {
     "rows": ("rows", [1000, 4000, 16000]),
@@ -156,7 +158,8 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
         for batch in by_length(rows, budget):
             inputs = {k: v.to(model.device) for k, v in collate(batch).items()}
             labels = inputs.pop("labels")[:, 1:]
-            yield model.model(**inputs, use_cache=False).last_hidden_state[:, :-1], labels
+            inputs = {k: v[:, :-1] for k, v in inputs.items()}  # nothing is predicted from the last token
+            yield model.model(**inputs, use_cache=False).last_hidden_state, labels
 
     def bound() -> None:
         for states, labels in states_of(train):
@@ -203,6 +206,11 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
         )
         return tracin.influence(example(validation))
 
+    def validation_side(**options: str) -> None:
+        fresh = ForValueScorer(model, validation, ForValueConfig(**options), progress=False)
+        fresh.made_of()
+        fresh.direction()
+
     adapted: list[PeftModel] = []
 
     def gradients() -> object:
@@ -248,6 +256,8 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
         "algorithm1": algorithm1,
         "captum": captum,
         "seen": lambda: (seen.direction(), seen.score(train)),
+        "direction": validation_side,
+        "kept": lambda: validation_side(direction_cache=config.output_dir),
         "pairs": lambda: scorer.pairwise(train, Path(config.output_dir) / "pairs.npy"),
         "gradients": gradients,
     }
