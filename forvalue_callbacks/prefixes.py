@@ -1,4 +1,4 @@
-"""Beginnings that many rows have in common (a system prompt, examples, several answers to one prompt).
+"""Beginnings that many rows have in common (a system prompt, examples, several answers to one prompt), and batches.
 
 A forward pass over the beginnings, one over what follows: the tokens that are shared go through the model once for
 each batch. All on token ids, no model.
