@@ -1,8 +1,9 @@
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test test-oldest beside clean
 
 demo: $(VENV)/.installed
 	$(RUN) recipes/demo.py
@@ -13,10 +14,23 @@ test: $(VENV)/.installed
 	$(RUN) -m mypy
 	$(RUN) -m pytest
 
+# The same tests with the oldest versions that pyproject.toml allows, but for those that need a newer framework itself.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m "not newest"
+
+# What would be installed beside other frameworks.
+beside: $(VENV)/.installed
+	$(RUN) tests/beside.py
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(OLDEST) outputs

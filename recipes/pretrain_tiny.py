@@ -9,6 +9,7 @@ another seed and some greedy completions, and writes a folder for `from_pretrain
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -177,6 +178,13 @@ def complete(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write weights in float16 (half the size) with a config that says float32, which is how they get loaded."""
     tokenizer.save_pretrained(folder)
+    # transformers 5 saves names that 4 does not know; both read these.
+    file = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if extra := settings.pop("extra_special_tokens", None):
+        settings["additional_special_tokens"] = extra
+    file.write_text(json.dumps(settings, indent=2) + "\n")
     model.half().save_pretrained(folder)
     model.float()
     model.config.dtype = torch.float32
