@@ -2,6 +2,8 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
+# The models are tiny: processes side by side, one thread each.
+PYTEST := -m pytest -n auto --maxprocesses 4
 
 .PHONY: demo test test-oldest beside clean
 
@@ -12,11 +14,11 @@ test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 # The same tests with the oldest versions that pyproject.toml allows, but for those that need a newer framework itself.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -m "not newest"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not newest"
 
 # What would be installed beside other frameworks.
 beside: $(VENV)/.installed
