@@ -1,28 +1,31 @@
-"""Any Hugging Face causal LM, VLM or PEFT model -> the inputs of its output head, and what that head computes."""
+"""Any Hugging Face causal LM, VLM or PEFT model -> the inputs of its output head."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import align_module_device, extract_model_from_parallel
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .core import Head, working_dtype
+from .core import Head
+from .unembedding import excess, linear_map, named_transforms, seen_transform
 
-# Largest |rebuilt - own logits| over the largest |logit|. Half precision: the model rounds its own logits to 8 (bf16)
-# or 11 bits and accumulates in that dtype, we do not.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+# Two runs that do the same may differ by such a share of the largest hidden state: sums in another order.
+_SAME = {torch.float64: 1e-10, torch.float32: 1e-5}
+_SAME_HALF = 1e-2
+# Positions whose logits are compared.
+_CHECKED = 8
+# Outputs of the head at which any soft-cap has saturated; below the largest float16.
+_LARGE = 3e4
 
 
 @contextmanager
@@ -38,35 +41,83 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+class _HeadReached(Exception):  # noqa: N818 (it stops a forward pass, nothing went wrong)
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+
+
+@dataclass
+class _Seen:
+    """One forward pass of the whole model: logits, and what its parts got and gave."""
+
+    logits: Tensor
+    head_input: Tensor
+    head_output: Tensor | None
+    body_output: Tensor | None
+    autocast: torch.dtype | None  # in which the head ran
+
+
 class Backbone:
     """A causal model without its head: batches in, inputs of the output head out.
 
-    TRL never calls the head while it trains, and hooks would change the model, so the backbone is run by itself: for a
-    `PreTrainedModel`, `model.base_model(...).last_hidden_state` is the input of the head, after the final norm and,
-    for a VLM, after the images are merged.
+    TRL never calls the head while it trains, and hooks would change the model, so the backbone is run by itself. For
+    most `PreTrainedModel`s `model.base_model(...).last_hidden_state` is the input of the head, after the final norm
+    and, for a VLM, after the images are merged. Where it is not, which `check` sees, the whole model is run up to its
+    head.
 
     Args:
         model: `PreTrainedModel`, or a `PeftModel` around one; DDP and compiled wrappers are looked through.
         dtype: run the forward under autocast in this dtype ("bfloat16", "float16"); None: in the model's own.
 
     Raises:
-        ValueError: the model has no output head, or one that is not a plain linear map (named in the message).
+        ValueError: an encoder-decoder, a model without an output head, or with one that is not a linear map, a
+            prompt-learning adapter (named in the message).
     """
 
     def __init__(self, model: nn.Module, dtype: str | None = None):
-        self.model = extract_model_from_parallel(model)
-        self.causal: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.model = _unwrapped(model)
+        self.causal: Any = _unwrapped(self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
         self.dtype = dtype
-        self.head()  # refuse before any work is done
+        self._transform: tuple[float, float | None] | None = None
+        self.runs_whole_model = self.causal.base_model is self.causal
+        self._refuse()
+
+    def _refuse(self) -> None:
+        """What can be refused before any forward pass."""
+        config = self.causal.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{self.name} is an encoder-decoder, whose answers are not predicted from the tokens before them: "
+                "For-Value scores decoder-only models here."
+            )
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{self.name}: Prompt-learning adapters (prefix or prompt tuning) cannot be scored: score the base "
+                "model instead."
+            )
+        self.head()
+
+    @property
+    def name(self) -> str:
+        return type(self.causal).__name__
 
     @property
     def device(self) -> torch.device:
-        return self.causal.get_input_embeddings().weight.device
+        embeddings = self.causal.get_input_embeddings()
+        with align_module_device(embeddings):  # where accelerate has offloaded weights: where it runs them
+            return embeddings.weight.device
 
     @property
     def max_positions(self) -> int | None:
-        """Largest number of tokens that the model was made for, None where the config does not say."""
-        return getattr(self.causal.config.get_text_config(), "max_position_embeddings", None)
+        """Largest number of tokens that the model can take, None where there is no such number.
+
+        Rotary positions are computed for rows of any length, learned ones lie in a table.
+        """
+        config = self.causal.config.get_text_config()
+        rotary = ("rope_parameters", "rope_scaling", "rope_theta")
+        if any(getattr(config, name, None) is not None for name in rotary):
+            return None
+        return getattr(config, "max_position_embeddings", None)
 
     @property
     def bos(self) -> int:
@@ -78,41 +129,90 @@ class Backbone:
         return 0
 
     def head(self) -> Head:
-        """The head as it is now, adapters on it included (the score is the gradient in its whole weight)."""
-        name = type(self.causal).__name__
+        """The head as it is now, adapters on it included (the score is the gradient in its whole weight).
+
+        Factor and soft-cap are what `check` has seen; before it, what the config says.
+        """
+        module = self._head_module()
+        weight, bias = linear_map(module, self.name)
+        scale, softcap = self._transform or named_transforms(self.causal.config)[0]
+        return Head(weight.detach(), None if bias is None else bias.detach(), scale, softcap)
+
+    def _head_module(self) -> nn.Module:
         module = getattr(self.causal, "get_output_embeddings", lambda: None)()
         if module is None:
-            raise ValueError(f"{name} has no output embeddings: For-Value scores causal language models with a head.")
-        weight, bias = _linear(module, name)
-        config = self.causal.config.get_text_config()
-        return Head(weight.detach(), None if bias is None else bias.detach(), _logit_scale(config), _softcap(config))
+            raise ValueError(
+                f"{self.name} has no output embeddings: For-Value scores causal language models with a head."
+            )
+        return module
 
-    def _autocast(self) -> Any:
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.dtype))
+    def _autocast(self, dtype: torch.dtype | None = None) -> Any:
+        if dtype is None and self.dtype is not None:
+            dtype = getattr(torch, self.dtype)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    @property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        """What the forward takes that is run."""
+        run = self.causal if self.runs_whole_model else self.causal.base_model
+        return inspect.signature(run.forward).parameters
+
+    @cached_property
+    def _places_tokens_itself(self) -> bool:
+        """Whether the model makes positions of several dimensions of its inputs (M-RoPE: Qwen2-VL, GLM-4V, ...)."""
+        rope = getattr(self.causal.config.get_text_config(), "rope_parameters", None)
+        rope = rope or getattr(self.causal.config.get_text_config(), "rope_scaling", None) or {}
+        return "mrope_section" in rope or any(hasattr(module, "get_rope_index") for module in self.causal.modules())
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+        device = self.device
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
         mask = inputs.get("attention_mask")
-        takes_positions = "position_ids" in inspect.signature(self.causal.base_model.forward).parameters
+        takes_positions = "position_ids" in self._parameters and not self._places_tokens_itself
         padded_left = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
         if padded_left and takes_positions and "position_ids" not in inputs:
             # Learned positions count from the first real token.
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         return inputs
 
+    def _run(self, inputs: dict[str, Any]) -> Tensor:
+        if not self.runs_whole_model:
+            return self.causal.base_model(**inputs, use_cache=False).last_hidden_state
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _HeadReached(_first(args, kwargs))
+
+        hook = self._head_module().register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.causal(**inputs, **self._without_cache())
+        except _HeadReached as reached:
+            return reached.hidden
+        finally:
+            hook.remove()
+        raise ValueError(
+            f"{self.name} does not call its output embeddings, and its base_model does not give their input: "
+            "For-Value cannot see the last hidden states."
+        )
+
+    def _without_cache(self) -> dict[str, bool]:
+        parameters = inspect.signature(self.causal.forward).parameters
+        anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        return {"use_cache": False} if anything or "use_cache" in parameters else {}
+
     def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
         """Inputs of the head, (B, L, D), for a batch of model inputs (`input_ids` (B, L), ...); `labels` go unread."""
         with self._autocast():
-            return self.causal.base_model(**self._inputs(batch), use_cache=False).last_hidden_state
+            return self._run(self._inputs(batch))
 
-    @cached_property
+    @property
     def shares_prefixes(self) -> bool:
         """Whether rows can go on from a beginning that was run once: every layer attends to all that came before."""
-        parameters = inspect.signature(self.causal.base_model.forward).parameters
+        if self.runs_whole_model or self._places_tokens_itself:
+            return False
         layers = DynamicCache(config=self.causal.config.get_text_config()).layers
-        return {"position_ids", "past_key_values"} <= set(parameters) and all(type(x) is DynamicLayer for x in layers)
+        return {"position_ids", "past_key_values"} <= set(self._parameters) and all(
+            type(x) is DynamicLayer for x in layers
+        )
 
     def hidden_states_after(self, prefixes: Mapping[str, Any], batch: Mapping[str, Any], prefix: Tensor) -> Tensor:
         """Inputs of the head, (B, L, D), of rows that go on from prefixes, each of which is run once.
@@ -129,96 +229,165 @@ class Backbone:
             inputs = self._inputs(batch)
             return self.causal.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
+    # ---- is the model what was described? ----
+
     def check(self, batch: Mapping[str, Any]) -> None:
-        """Rebuild the model's own logits on a batch; refuse, by name, a model whose head is not what was described.
+        """Run the whole model on a batch, see where its head gets its input and what becomes of it, and rebuild its
+        logits; refuse, by name, a model that is not understood or that reads later tokens.
 
         Raises:
-            ValueError: the logits differ by more than rounding explains.
+            ValueError: the logits differ by more than rounding explains, or are not finite; a later token changes
+                what came before it.
         """
         with left_as_found(self.model):
             inputs = self._inputs(batch)
+            seen = self._observe(inputs)
+            mask = inputs.get("attention_mask")
+            real = torch.ones(seen.logits.shape[:2], dtype=torch.bool, device=seen.logits.device)
+            if isinstance(mask, Tensor) and mask.shape == real.shape:  # what stands at padding is nobody's business
+                real = mask.bool().to(real.device)
+            if not torch.isfinite(seen.logits[real]).all():
+                raise ValueError(
+                    f"{self.name}: the logits of a validation row are not finite: hidden states or logits overflow. "
+                    "Try forward_dtype='bfloat16' or float32 weights."
+                )
+            self._check_head(inputs, seen, real)
+            hidden = self._check_body(inputs, seen, real)
+            self._check_causal(batch, inputs, seen.autocast, hidden, real)
+
+    def _observe(self, inputs: dict[str, Any], gain: float = 1.0) -> _Seen:
+        """The model's own forward pass; with a gain the input of the head is made so much larger."""
+        seen: dict[str, Any] = {}
+        kind = self.device.type
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            seen["head_input"] = _first(args, kwargs)
+            seen["autocast"] = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            if gain == 1.0:
+                return None
+            larger = seen["head_input"] * gain
+            return ((larger, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): larger})
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            seen["head_output"] = output
+
+        def body(module: nn.Module, args: Any, output: Any) -> None:
+            seen["body_output"] = getattr(output, "last_hidden_state", None)
+
+        head = self._head_module()
+        hooks = [head.register_forward_pre_hook(before, with_kwargs=True), head.register_forward_hook(after)]
+        if self.causal.base_model is not self.causal:
+            hooks.append(self.causal.base_model.register_forward_hook(body))
+        try:
             with self._autocast():
-                own = self.model(**inputs, use_cache=False).logits
-            hidden = self.hidden_states(batch)
-            head = self.head()
-            tolerance = _TOLERANCE[min((hidden.dtype, own.dtype), key=lambda dtype: torch.finfo(dtype).bits)]
-            hidden = hidden.to(head.weight.device, working_dtype(head.weight, hidden))
-            name = f"{type(self.model).__name__}({type(self.causal).__name__})"
-            if own.shape[:2] != hidden.shape[:2]:
-                raise ValueError(
-                    f"{name}: the model gives logits for {tuple(own.shape[:2])} positions where its backbone gives "
-                    f"{tuple(hidden.shape[:2])}. Prompt-learning adapters (prefix or prompt tuning) cannot be scored: "
-                    "score the base model instead."
-                )
-            rebuilt = head.logits(hidden.flatten(0, 1))
-            own = own.flatten(0, 1).to(rebuilt)
-            if (mask := inputs.get("attention_mask")) is not None:  # what stands at padding is nobody's business
-                own, rebuilt = own[mask.flatten().bool()], rebuilt[mask.flatten().bool()]
-            if not torch.isfinite(own).all():
-                raise ValueError(
-                    f"{name}: the logits of a validation row are not finite: hidden states or logits overflow. Try "
-                    "forward_dtype='bfloat16' or float32 weights."
-                )
-            error = float((rebuilt - own).abs().max() / own.abs().max().clamp(min=1e-6))
-        if error > tolerance:
+                output = self.model(**inputs, **self._without_cache())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        logits = output.logits if hasattr(output, "logits") else output[0]
+        if "head_input" not in seen:
+            seen |= {"head_input": seen.get("body_output"), "autocast": None}
+        if seen["head_input"] is None or seen["head_input"].shape[:2] != logits.shape[:2]:
             raise ValueError(
-                f"{name}: cannot describe the output head. Logits rebuilt from the last hidden states are off by "
-                f"{error:.2g} of the largest logit (rounding explains {tolerance:.0e}); scale={head.scale:g}, "
+                f"{self.name}: the model gives logits for {tuple(logits.shape[:2])} positions, and its head does not "
+                "get as many hidden states: it does something else between them, so its scores would be wrong."
+            )
+        parts = {key: seen.get(key) for key in ("head_input", "head_output", "body_output", "autocast")}
+        return _Seen(logits, **parts)
+
+    def _check_head(self, inputs: dict[str, Any], seen: _Seen, real: Tensor) -> None:
+        """Find the factor and the soft-cap, and rebuild the logits."""
+        places = real.flatten().nonzero()[:, 0]
+        places = places[:: max(1, len(places) // _CHECKED)][:_CHECKED]
+
+        def at(states: Tensor) -> Tensor:
+            return states.flatten(0, 1)[places.to(states.device)]
+
+        weight, bias = linear_map(self._head_module(), self.name)
+        if seen.head_output is not None:
+            candidates = named_transforms(self.causal.config)
+            pairs = [(at(seen.head_output), at(seen.logits))]
+            if any(cap is not None for _, cap in candidates) or not _equal(*pairs[0]):
+                large = self._observe(inputs, gain=_LARGE / max(1.0, float(pairs[0][0].abs().max())))
+                assert large.head_output is not None
+                pairs.append((at(large.head_output), at(large.logits)))
+            self._transform = seen_transform(candidates, pairs)
+        head = self.head()
+        ran = seen.logits.dtype if seen.head_output is None else seen.head_output.dtype
+        error, explained = excess(head, at(seen.head_input), at(seen.logits), ran)
+        if not error <= explained:
+            raise ValueError(
+                f"{self.name}: cannot describe the output head. Logits rebuilt from the last hidden states are off by "
+                f"{error:.2g} of the largest logit (rounding explains {explained:.1g}); scale={head.scale:g}, "
                 f"softcap={head.softcap}, bias={head.bias is not None}. The model does something else between its "
                 "last hidden state and its logits, so its scores would be wrong."
             )
 
+    def _check_body(self, inputs: dict[str, Any], seen: _Seen, real: Tensor) -> Tensor:
+        """Hidden states by the way that gives what the head gets: the base model, or else the whole one."""
+        body = seen.body_output
+        given = body is not None and body.shape == seen.head_input.shape
+        if not (given and _equal(body.to(seen.head_input.dtype)[real], seen.head_input[real])):
+            self.runs_whole_model = True
+        with self._autocast(seen.autocast):
+            hidden = self._run(inputs)
+            if not self.runs_whole_model and not _same(hidden[real], seen.head_input[real]):
+                self.runs_whole_model = True
+                hidden = self._run(inputs)
+        if not _same(hidden[real], seen.head_input[real]):
+            raise ValueError(f"{self.name}: two forward passes over one row give different hidden states.")
+        return hidden
 
-def _linear(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the linear map that a head module computes now, (V, D) and (V,) or None."""
-    if isinstance(module, ModulesToSaveWrapper):
-        active = module.active_adapters
-        if module.disable_adapters or not active:
-            return _linear(module.original_module, name)
-        return _linear(module.modules_to_save[active[0]], name)
-    if isinstance(module, BaseTunerLayer):
-        weight, bias = _linear(module.get_base_layer(), name)
-        active = [] if module.disable_adapters or module.merged else _adapters_on(module)
-        for adapter in active:
-            if not isinstance(module, LoraLayer) or module.use_dora.get(adapter, False):
-                raise ValueError(
-                    f"{name}: adapter {adapter!r} on the output head is a {type(module).__name__}"
-                    f"{' with DoRA' if isinstance(module, LoraLayer) else ''}, which does not just add to its weight. "
-                    "Merge it first (merge_and_unload) or keep adapters off the head."
-                )
-            weight = weight + module.get_delta_weight(adapter).to(weight)
-        return weight, bias
-    dense: Any = getattr(module, "weight", None)
-    if not isinstance(dense, Tensor) or dense.ndim != 2 or not dense.is_floating_point() or dense.numel() == 0:
-        raise ValueError(
-            f"{name}: the output head {type(module).__name__} has no dense floating-point weight here (quantised, or "
-            "sharded by ZeRO-3). Score before sharding, or load the model with an unquantised head."
-        )
-    offset = getattr(module, "bias", None)
-    return whole(dense), None if offset is None else whole(offset)
+    def _check_causal(
+        self,
+        batch: Mapping[str, Any],
+        inputs: dict[str, Any],
+        autocast: torch.dtype | None,
+        hidden: Tensor,
+        real: Tensor,
+    ) -> None:
+        """Change the last token of each row: nothing before it may change."""
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.shape != real.shape or ids.shape[1] < 2:
+            return
+        real = real.to(ids.device)
+        last = (real * torch.arange(ids.shape[1], device=ids.device)).argmax(1)
+        rows = torch.arange(len(ids), device=ids.device)
+        changed = ids.clone()
+        labels = torch.as_tensor(batch["labels"]) if "labels" in batch else ids
+        texts = labels[labels >= 0].unique().to(ids.device)  # not just any token: an image's placeholder counts
+        texts = texts[~torch.isin(texts, ids[rows, last])]
+        changed[rows, last] = texts[0] if len(texts) else (ids[rows, last] + 1) % self.head().vocab_size
+        with self._autocast(autocast):
+            after = self._run({**inputs, "input_ids": changed})
+        earlier = real.clone()
+        earlier[rows, last] = False
+        earlier = earlier.to(hidden.device)
+        if earlier.any() and not _same(after[earlier], hidden[earlier]):
+            raise ValueError(
+                f"{self.name} reads later tokens: its hidden states change with a token that comes after them, so "
+                "what it says of an answer is not what it predicts. For-Value scores models that read from left to "
+                "right; if rows of this model need 'token_type_ids', have them made by the data_collator."
+            )
 
 
-def whole(tensor: Any) -> Tensor:
-    """The tensor itself, gathered first where FSDP2 has sharded it (a DTensor)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _unwrapped(model: nn.Module) -> Any:
+    """Without DDP and compilation, however they are nested."""
+    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+        model = inner
+    return model
 
 
-def _adapters_on(module: BaseTunerLayer) -> list[str]:
-    """Active adapters that this layer has weights of."""
-    known = {name for names in module.adapter_layer_names for name in getattr(module, names)}
-    return [adapter for adapter in module.active_adapters if adapter in known]
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
-def _softcap(config: Any) -> float | None:
-    return getattr(config, "final_logit_softcapping", None)
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other.to(one))
 
 
-def _logit_scale(config: Any) -> float:
-    """Factor between W h and the logits; the names are those of TRL's fused head (trl/trainer/utils.py)."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal but for the order of sums."""
+    dtype = min((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).bits)
+    other = other.to(one)
+    return bool((one - other).abs().max() <= _SAME.get(dtype, _SAME_HALF) * other.abs().max())

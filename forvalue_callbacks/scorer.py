@@ -27,7 +27,8 @@ from .batching import Batcher, Item, Labelled, concatenate, joined, of_all_ranks
 from .corruption import word_starts
 from .evidence import OVERFLOW
 from .fitting import Fit, fit_head
-from .head import Backbone, left_as_found, whole
+from .head import Backbone, left_as_found
+from .unembedding import whole
 from .rows import RowConfig, RowPreparer
 from .scores import ForValueScores
 
