@@ -28,14 +28,16 @@ from .corruption import word_starts
 from .evidence import OVERFLOW
 from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found
-from .unembedding import whole
 from .rows import RowConfig, RowPreparer
 from .scores import ForValueScores
+from .unembedding import whole
 
 logger = logging.getLogger(__name__)
 
 # Share of the mean diagonal that is added to the second moment before it is inverted.
 WHITENING_RIDGE = 0.01
+# A row to check a model on should have so many tokens that it can be seen whether they change what came before them.
+ENOUGH_TOKENS = 4
 
 
 @dataclass
@@ -169,6 +171,7 @@ class ForValueScorer:
         self.fit: Fit | None = None  # how the head was fitted, with "fitted" and "fitted_likelihood"
         self._second_moment: Tensor | None = None
         self._validation_items: list[Item] | None = None
+        self._checked = False
 
     # ---- what users call ----
 
@@ -181,6 +184,7 @@ class ForValueScorer:
         """
         if self.config.gives_log_odds:
             return self._score_log_odds(dataset)
+        self._check()
         with left_as_found(self.backbone.model):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
             metric = self._metric()
@@ -215,8 +219,8 @@ class ForValueScorer:
 
     def _score_log_odds(self, dataset: Iterable[Mapping[str, Any]]) -> ForValueScores:
         items = self._validation()
+        self._check()
         with left_as_found(self.backbone.model):
-            self._check()
             head = self.backbone.head()
             if self.config.direction == "labels" or share_repeated(items) >= REPEATED:
                 scores, data_hash = score_labels(self.batcher, head, items, dataset)
@@ -240,6 +244,7 @@ class ForValueScorer:
         They sum to the row's score (with `normalize="none"`).
         """
         self._refuse_log_odds("token scores")
+        self._check()
         with left_as_found(self.backbone.model):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
 
@@ -272,9 +277,10 @@ class ForValueScorer:
             )
         if path is not None and not isinstance(dataset, Sized):
             raise ValueError("pairwise(path=...) writes a file of known size: give a data set with a length.")
+        self._check()
         with left_as_found(self.backbone.model):
             head = self.backbone.head()
-            self.direction()  # prepares and checks what follows, the metric included
+            self.direction()  # prepares what follows, the metric included
             metric = self._metric()
             items = self._validation()
             validation = concatenate(self.batcher.labelled(items, "validation", all_ranks=True, states=False))
@@ -319,6 +325,7 @@ class ForValueScorer:
     def direction(self) -> Tensor:
         """How the head moves, float32 (V, d) (float64 for a float64 model), computed once: D, or the fitted move."""
         self._refuse_log_odds("the head's direction")
+        self._check()
         if self._direction is None:
             file = self._direction_file()
             if file is not None and all(of_all_ranks({world()[0]: file.is_file()}).values()):
@@ -376,13 +383,15 @@ class ForValueScorer:
         return self._validation_items
 
     def _check(self) -> None:
-        shortest = min(self._validation(), key=lambda item: item.tokens)
-        self.backbone.check(self.batcher.collate([shortest]))
+        """Before anything is computed: the check finds out how the model is to be run."""
+        if not self._checked:
+            short = min(self._validation(), key=lambda item: (item.tokens < ENOUGH_TOKENS, item.tokens))
+            self.backbone.check(self.batcher.collate([short]))
+            self._checked = True
 
     def _fit(self) -> Tensor:
         """Mean gradient over the validation rows, times the inverse second moment if asked for; or the fitted move."""
         items = self._validation()
-        self._check()
         head = self.backbone.head()
         if self.config.fits_head:
             # Every rank fits for itself: validation sets are small, and the same fit needs no exchange.

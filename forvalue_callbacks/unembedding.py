@@ -1,4 +1,4 @@
-"""What an output head computes: its linear map, read from weights and adapters, and what follows it, seen in logits."""
+"""What an output head computes: a linear map, read from weights and adapters, and what follows, seen in logits."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def _is_quantised(tensor: Tensor) -> bool:
-    """A subclass that holds other tensors in place of its values (torchao), though it says that it is floating-point."""
+    """A tensor that holds others in place of its values (torchao), though it calls itself floating-point."""
     return hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "full_tensor")
 
 
@@ -139,7 +139,7 @@ def seen_transform(
         pairs: outputs of the head and logits, (T, V) each: as they are, and, if need be, of inputs so large that a
             soft-cap saturates.
     """
-    ran = pairs[0][0].dtype
+    eps = max(torch.finfo(x.dtype).eps for x in pairs[0])
     values = [(o.double().cpu(), f.double().cpu()) for o, f in pairs]
     linear, logits = values[0]
     caps: list[float | None] = [None]
@@ -158,7 +158,7 @@ def seen_transform(
         return max(errors)
 
     errors = {transform: error(transform) for transform in [*candidates, *fits]}
-    exact = [transform for transform in candidates if errors[transform] <= 2 * torch.finfo(ran).eps]
+    exact = [transform for transform in candidates if errors[transform] <= 2 * eps]
     return exact[0] if exact else min(errors, key=lambda transform: errors[transform])
 
 

@@ -4,14 +4,19 @@ import torch
 from torch.func import functional_call
 
 
-def row_gradient(model, row):
-    """Autograd: gradient of the row's log-likelihood in the head's own weight, by the model's own forward, (V, D)."""
+def row_gradient(model, row, **inputs):
+    """Autograd: gradient of the row's log-likelihood in the head's own weight, by the model's own forward, (V, D).
+
+    `inputs` are what the forward takes beside token ids.
+    """
     head = model.eval().get_output_embeddings()
     name = next(n for n, m in model.named_modules() if m is head) + ".weight"
     # A leaf of its own for the head: with tied embeddings the gradient of the input side would be added otherwise.
     leaf = head.weight.detach().clone().requires_grad_(True)
     ids, labels = torch.as_tensor(row["input_ids"]), torch.as_tensor(row["labels"])
-    logits = functional_call(model, {name: leaf}, kwargs={"input_ids": ids[None]}, tie_weights=False).logits[0]
+    logits = functional_call(model, {name: leaf}, kwargs={"input_ids": ids[None], **inputs}, tie_weights=False).logits[
+        0
+    ]
     keep = labels[1:] != -100
     log_p = logits[:-1][keep].log_softmax(-1)
     log_p.gather(1, labels[1:][keep][:, None]).sum().backward()
