@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import build_model, build_rows
 from datasets import Dataset, IterableDataset
+from oracles import relative
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueTransform
 
@@ -20,7 +21,7 @@ def test_map_adds_the_scores_of_the_scorer_whatever_the_batch_size():
     want = ForValueScorer(model, VALIDATION, progress=False).score(TRAIN).values
     for size in (5, 1000):
         mapped = Dataset.from_list(TRAIN).map(ForValueTransform(model, VALIDATION), batched=True, batch_size=size)
-        assert np.allclose(mapped["forvalue_score"], want, rtol=1e-5, atol=1e-6)
+        assert relative(mapped["forvalue_score"], want) < 1e-5
         assert mapped["input_ids"] == [row["input_ids"] for row in TRAIN]
 
 
@@ -36,7 +37,7 @@ def test_streams_are_scored_as_they_come():
         ForValueTransform(build_model(), VALIDATION), batched=True, batch_size=4
     )
     want = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN).values
-    assert np.allclose([row["forvalue_score"] for row in stream], want, rtol=1e-5, atol=1e-6)
+    assert relative([row["forvalue_score"] for row in stream], want) < 1e-5
 
 
 WORKERS = """
@@ -60,7 +61,7 @@ def test_worker_processes_give_the_same_column_and_do_not_wait_for_the_parents_t
     code = WORKERS.format(tests=str(Path(__file__).parent))
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
     want = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN).values
-    assert np.allclose(json.loads(out), want, rtol=1e-5, atol=1e-6)
+    assert relative(json.loads(out), want) < 1e-5
 
 
 def test_a_process_that_never_made_the_transform_says_what_to_do():
