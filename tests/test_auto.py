@@ -1,16 +1,30 @@
 """direction="auto" and "labels": corrupted copies, the classifier and its shares, the label model, every way in."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import build_model, build_rows
-from oracles import relative
+from oracles import relative, row_gradient
+from test_scorer import inverse_second_moment
 
 from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform, baselines
+from forvalue_callbacks.auto import _scores
 from forvalue_callbacks.batching import Batcher, concatenate
 from forvalue_callbacks.calibration import fit_classifier, log_odds, shares
 from forvalue_callbacks.corruption import KINDS, answer_span, corrupted, word_starts
-from forvalue_callbacks.evidence import FOLDS, HALF_CANDIDATES, ROW_CANDIDATES, Evidence, Half, Match, n_grams
+from forvalue_callbacks.evidence import (
+    FOLDS,
+    HALF_CANDIDATES,
+    ROW_CANDIDATES,
+    Evidence,
+    Half,
+    Match,
+    Measured,
+    n_grams,
+)
 from forvalue_callbacks.labels import _expectation, fit_labels
 from forvalue_callbacks.rows import Row, RowPreparer
 from forvalue_callbacks.scores import auc
@@ -238,6 +252,72 @@ def test_what_is_measured_on_a_row_is_that_of_the_row_alone():
         by_half = dict(zip(HALF_CANDIDATES, measured.half_NHF[:, h].T, strict=True))
         assert relative(by_half["gradient"], plain.values) < 1e-8
         assert relative(by_half["fitted_likelihood"], after.score(rows).values) < 1e-4
+
+
+def log_likelihood(model, row):
+    """Of the row's labelled tokens, by the model's own forward."""
+    ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])[1:]
+    with torch.no_grad():
+        log_p = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+    keep = labels != -100
+    return float(log_p[keep].gather(1, labels[keep][:, None]).sum())
+
+
+def test_what_half_of_the_held_out_rows_says_of_a_row_is_written_out():
+    """Against autograd on the head's weight, and a copy of the model with the moved head."""
+    model, rows, held_out = build_model("llama", torch.float64), answered(6, seed=1), answered(12, seed=2)
+    scorer = ForValueScorer(model, held_out, progress=False)
+    items, head = scorer._validation(), scorer.backbone.head()
+    with torch.no_grad():
+        halves = [Half.of(head, concatenate(scorer.batcher.labelled(items[h::2])), 0.01) for h in (0, 1)]
+        measured, _, _ = Evidence(scorer.batcher, head, prepared(held_out), halves, bos=1).measure(rows, "rows")
+    np.testing.assert_array_equal(measured.n_labelled, [len(answer(row)) for row in prepared(rows)])
+    np.testing.assert_allclose(measured.row_NF[:, ROW_CANDIDATES.index("length")], np.log(measured.n_labelled))
+    gradients, n = [row_gradient(model, row) for row in rows], measured.n_labelled
+    answers = [answer(row) for row in prepared(rows)]
+    alone = [{"input_ids": [1, *tokens], "labels": [-100, *tokens]} for tokens in answers]
+    for h, half in enumerate(halves):
+        metric = inverse_second_moment(model, held_out[h::2])
+        direction = torch.stack([row_gradient(model, row) for row in held_out[h::2]]).mean(0)
+        moved = deepcopy(model)
+        with torch.no_grad():
+            moved.get_output_embeddings().weight += half.move_VD
+        before, after = (np.array([log_likelihood(m, row) for row in rows]) for m in (model, moved))
+        after_alone = np.array([log_likelihood(moved, row) for row in alone])
+        want, plain = {}, torch.eye(len(metric), dtype=metric.dtype)
+        for name, along, m in (("gradient", direction, plain), ("whitened", direction @ metric, metric)):
+            want[name] = np.array([float((along * g).sum()) for g in gradients])
+            want[f"{name}, length"] = want[name] / n
+            want[f"{name}, cosine"] = want[name] / [float((g @ m * g).sum().sqrt()) for g in gradients]
+        want |= {"fitted": after - before, "fitted, length": (after - before) / n, "fitted_likelihood": after / n}
+        want["mutual information, fitted"] = (after - after_alone) / n
+        assert half.move_VD.any()
+        assert tuple(want) == HALF_CANDIDATES
+        for column, (name, values) in enumerate(want.items()):
+            assert relative(measured.half_NHF[:, h, column], values) < 1e-6, name
+
+
+def test_training_rows_are_judged_by_both_halves_alike():
+    """The same scores where the halves change places, others where either of them says other things."""
+    rng = np.random.default_rng(0)
+
+    def measured(n, shift=0.0):
+        side = torch.from_numpy(rng.normal(size=(n, 4)))
+        row, half = rng.normal(size=(n, len(ROW_CANDIDATES))), rng.normal(size=(n, 2, len(HALF_CANDIDATES)))
+        return Measured(row - shift, half - shift, side, side + 0.1, np.zeros(n), np.ones(n, dtype=int), np.arange(n))
+
+    clean, copied, train = measured(80), (measured(80, 2.0), np.arange(80)), measured(50, 1.0)
+
+    def scores(train):
+        return _scores(clean, {"swapped": copied}, train, [None] * 50, np.random.default_rng(1)).values
+
+    want = scores(train)
+    places = replace(train, half_NHF=train.half_NHF[:, ::-1])
+    np.testing.assert_allclose(scores(places), want, rtol=1e-10)
+    for half in (0, 1):
+        other = train.half_NHF.copy()
+        other[:, half] += 0.5
+        assert relative(scores(replace(train, half_NHF=other)), want) > 1e-3
 
 
 # ---- the label model ----

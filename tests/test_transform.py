@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import build_model, build_rows
 from datasets import Dataset, IterableDataset
 from oracles import relative
+from transformers import AutoModelForCausalLM
 
-from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueTransform
+from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, ForValueTransform
 
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
 
@@ -71,6 +73,21 @@ def test_a_process_that_never_made_the_transform_says_what_to_do():
     assert "not forked" in out.stderr
 
 
+def test_a_model_is_loaded_by_its_path_where_it_is_needed(monkeypatch):
+    loaded = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float64)
+    want = ForValueScorer(loaded, VALIDATION, progress=False).score(TRAIN)
+    calls, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: (calls.append(args), load(*args, **kwargs))[1]
+    )
+    transform = ForValueTransform(TINY_MODEL, VALIDATION, model_kwargs={"dtype": torch.float64})
+    assert calls == []
+    mapped = Dataset.from_list(TRAIN).map(transform, batched=True, batch_size=5)
+    assert relative(mapped["forvalue_score"], want.values) < 1e-9
+    assert calls == [(TINY_MODEL,)], "once"
+    assert transform.fingerprint == ForValueTransform(loaded, VALIDATION).fingerprint
+
+
 def test_the_seen_vocabulary_needs_more_than_a_batch():
     with pytest.raises(ValueError, match=r"ForValueScorer\.score"):
         ForValueTransform(build_model(), VALIDATION, ForValueConfig(vocab="seen"))
@@ -82,7 +99,7 @@ import sys, peft
 sys.path.insert(0, {tests!r})
 from conftest import build_model, build_rows
 from datasets import load_from_disk
-from forvalue_callbacks import ForValueConfig, ForValueTransform
+from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueTransform
 
 model = build_model(seed={seed})
 if {adapter}:
