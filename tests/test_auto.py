@@ -178,6 +178,19 @@ def test_out_of_fold_probabilities_do_not_know_their_own_row():
     assert auc(score[:30], score[30:]) < 0.7
 
 
+def test_copies_of_a_row_are_never_in_different_folds():
+    """A row and its copy look the same: what is said of both out of fold is the same."""
+    x, classes = np.random.default_rng(0).normal(size=(30, 20)).repeat(2, 0), np.arange(60) % 2
+    _, held_out = fit_classifier(x, classes, np.arange(30).repeat(2))
+    np.testing.assert_array_equal(held_out[::2], held_out[1::2])
+
+
+def test_classes_count_alike_however_many_rows_they_have():
+    x = np.random.default_rng(0).normal(size=(600, 2))
+    classifier, _ = fit_classifier(x, (np.arange(600) >= 500).astype(int), np.arange(600))
+    assert abs(classifier.log_p(x).mean(0) - np.log(0.5)).max() < 0.1
+
+
 def test_log_odds_are_those_of_bayes():
     p = np.array([[0.5, 0.3, 0.2]])
     share = np.array([0.6, 0.1, 0.3])
@@ -306,7 +319,7 @@ def test_training_rows_are_judged_by_both_halves_alike():
         row, half = rng.normal(size=(n, len(ROW_CANDIDATES))), rng.normal(size=(n, 2, len(HALF_CANDIDATES)))
         return Measured(row - shift, half - shift, side, side + 0.1, np.zeros(n), np.ones(n, dtype=int), np.arange(n))
 
-    clean, copied, train = measured(80), (measured(80, 2.0), np.arange(80)), measured(50, 1.0)
+    clean, copied, train = measured(40), (measured(40, 2.0), np.arange(40)), measured(50, 1.0)
 
     def scores(train):
         return _scores(clean, {"swapped": copied}, train, [None] * 50, np.random.default_rng(1)).values
@@ -363,6 +376,40 @@ def test_a_row_does_not_vouch_for_itself():
     after = fit_labels(known, answers, x, flipped)
     # log p(o) T[o, o] / p(c) T[c, o] changes sign up to the noise terms T, which one row in 300 hardly moves.
     assert before.log_odds[7] * after.log_odds[7] < 0
+
+
+def test_a_row_that_only_its_own_feature_could_explain_does_not_vouch_for_itself():
+    """The odds of both answers of a row add up to what the noise says, also where it has a feature of its own."""
+    rng = np.random.default_rng(0)
+    known, x = torch.randn(40, 4, generator=torch.manual_seed(0)), torch.randn(200, 4)
+    known[:, 2:], x[:, 2:] = 0, 0
+    x[7, 2] = x[8, 3] = 1
+    answers = (known[:, 0] > 0).long().numpy()
+    observed = ((x[:, 0] > 0).numpy() ^ (rng.random(200) < 0.2)).astype(int)
+    before, sums = fit_labels(known, answers, x, observed), []
+    for i in (7, 8, 20, 21):
+        flipped = observed.copy()
+        flipped[i] = 1 - flipped[i]
+        sums.append(before.log_odds[i] + fit_labels(known, answers, x, flipped).log_odds[i])
+    assert max(sums) - min(sums) < 1
+
+
+def test_an_answer_given_in_place_of_another_is_doubted_and_not_the_other_way_round():
+    true = torch.arange(600) % 2
+    x = torch.randn(600, 3, generator=torch.manual_seed(0))
+    x[:, 0] += true
+    observed = true[:400].clone()
+    observed[100:] = 1  # none of the answers 0 is wrong, of the answers 1 many are
+    fit = fit_labels(x[400:], true[400:].numpy(), x[:400], observed.numpy())
+    zero, one = (fit.log_odds[observed.numpy() == k].mean() for k in (0, 1))
+    assert zero > one + 0.3
+
+
+def test_training_rows_teach_the_label_model_what_few_held_out_rows_cannot():
+    known, answers, _, _ = clusters(8, 0, 0.0)
+    x, _, observed, _ = clusters(300, 1, 0.2)
+    alone, together = fit_labels(known, answers, x, observed).likelihood
+    assert together > alone + 0.3
 
 
 def test_the_expectation_step_is_that_of_a_loop():
