@@ -199,6 +199,13 @@ def test_log_odds_are_those_of_bayes():
     assert log_odds(np.log(np.repeat(p, 100, 0)), share)[0] == pytest.approx(want)
 
 
+def test_rows_are_ranked_by_a_kind_that_was_not_found():
+    """It keeps the share of half a row."""
+    p = np.linspace(0.1, 0.9, 100)
+    odds = log_odds(np.log(np.stack([p, 1 - p], 1)), np.array([1.0, 0.0]))
+    np.testing.assert_allclose(odds, np.log(p) - np.log((1 - p) * 0.5 / 100), rtol=1e-12)
+
+
 def test_auc_counts_ties_half():
     assert auc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
 
@@ -229,6 +236,24 @@ def test_a_match_never_scores_a_pair_that_it_has_seen():
     wrong = related(prompts, answers_related.roll(1, 0), fold)
     assert auc(right, wrong) > 0.9
     assert auc(before, Match(prompts, answers, fold)(prompts, answers.roll(1, 0), fold)) < 0.75
+
+
+def test_the_match_is_a_cosine_of_whitened_sides_with_a_tenth_of_ridge():
+    torch.manual_seed(0)
+    prompts = torch.randn(30, 4).double() @ torch.randn(4, 4).double()
+    answers, fold = prompts + torch.randn(30, 4).double(), np.arange(30) % FOLDS
+
+    def inverse_root(x):
+        moment = (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
+        values, vectors = torch.linalg.eigh(moment + 0.1 * moment.trace() / 4 * torch.eye(4, dtype=torch.float64))
+        return ((x - x.mean(0)) @ (vectors * values**-0.5)).numpy()
+
+    p, a, want = inverse_root(prompts), inverse_root(answers), np.zeros(30)
+    for i in range(30):
+        others = fold != fold[i]
+        projected = p[i] @ (p[others].T @ a[others]) / others.sum()
+        want[i] = projected @ a[i] / (np.linalg.norm(p[i]) * np.linalg.norm(a[i]))
+    assert relative(Match(prompts, answers, fold)(prompts, answers, fold), want) < 1e-9
 
 
 def test_what_is_measured_on_a_row_is_that_of_the_row_alone():
