@@ -6,16 +6,14 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from numpy.lib.format import open_memmap
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,18 +24,18 @@ from .auto import REPEATED, score_auto, score_labels, share_repeated
 from .batching import Batcher, Item, Labelled, concatenate, joined, of_all_ranks, world
 from .corruption import word_starts
 from .evidence import OVERFLOW
+from .fingerprint import digest, hash_weights
 from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found
 from .rows import RowConfig, RowPreparer
 from .scores import ForValueScores
-from .unembedding import whole
 
 logger = logging.getLogger(__name__)
 
 # Share of the mean diagonal that is added to the second moment before it is inverted.
 WHITENING_RIDGE = 0.01
 # A row to check a model on should have so many tokens that it can be seen whether they change what came before them.
-ENOUGH_TOKENS = 4
+ENOUGH_TOKENS = 16
 
 
 @dataclass
@@ -184,6 +182,7 @@ class ForValueScorer:
         """
         if self.config.gives_log_odds:
             return self._score_log_odds(dataset)
+        dataset, made_of = self._readable_twice(dataset), self.made_of()  # refuses weights that nobody can read
         self._check()
         with left_as_found(self.backbone.model):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
@@ -214,11 +213,11 @@ class ForValueScorer:
                 values[i], log_likelihood[i] = value, log_p
             else:
                 reasons[i] = f"non-finite score: {OVERFLOW}"
-        metadata = {"made_of": {**self.made_of(), "data": data_hash}, "config": asdict(self.config)}
+        metadata = {"made_of": {**made_of, "data": data_hash}, "config": asdict(self.config)}
         return ForValueScores(values, reasons, log_likelihood, n_labelled, metadata)
 
     def _score_log_odds(self, dataset: Iterable[Mapping[str, Any]]) -> ForValueScores:
-        items = self._validation()
+        items, made_of = self._validation(), self.made_of()
         self._check()
         with left_as_found(self.backbone.model):
             head = self.backbone.head()
@@ -235,7 +234,7 @@ class ForValueScorer:
                     max_length=self.rows.max_length,
                     ridge=WHITENING_RIDGE,
                 )
-        scores.metadata |= {"made_of": {**self.made_of(), "data": data_hash}, "config": asdict(self.config)}
+        scores.metadata |= {"made_of": {**made_of, "data": data_hash}, "config": asdict(self.config)}
         return scores
 
     def token_scores(self, dataset: Iterable[Mapping[str, Any]]) -> list[Tensor]:
@@ -244,6 +243,7 @@ class ForValueScorer:
         They sum to the row's score (with `normalize="none"`).
         """
         self._refuse_log_odds("token scores")
+        dataset = self._readable_twice(dataset)
         self._check()
         with left_as_found(self.backbone.model):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
@@ -344,14 +344,14 @@ class ForValueScorer:
             del config["max_tokens_per_batch"], config["direction_cache"]  # change no score
             self._made_of = {
                 "weights": hash_weights(self.backbone.model),
-                "validation": _digest("".join(item.hash() for item in self._validation())),
-                "config": _digest(repr(sorted(config.items()))),
+                "validation": digest("".join(item.hash() for item in self._validation())),
+                "config": digest(repr(sorted(config.items()))),
             }
         return self._made_of
 
     def hash_rows(self, dataset: Iterable[Mapping[str, Any]]) -> str:
         """Hash of rows as the model sees them: what `metadata["made_of"]["data"]` is after scoring them."""
-        return _digest("".join(item.hash() for item, _ in self.batcher.items(dataset)))
+        return digest("".join(item.hash() for item, _ in self.batcher.items(dataset)))
 
     def _refuse_log_odds(self, what: str) -> None:
         if self.config.gives_log_odds:
@@ -385,7 +385,7 @@ class ForValueScorer:
     def _check(self) -> None:
         """Before anything is computed: the check finds out how the model is to be run."""
         if not self._checked:
-            short = min(self._validation(), key=lambda item: (item.tokens < ENOUGH_TOKENS, item.tokens))
+            short = min(self._validation(), key=lambda item: abs(item.tokens - ENOUGH_TOKENS))
             self.backbone.check(self.batcher.collate([short]))
             self._checked = True
 
@@ -432,7 +432,7 @@ class ForValueScorer:
         if self.config.direction_cache is None:
             return None
         made_of = repr((version("forvalue-callbacks"), sorted(self.made_of().items())))
-        return Path(self.config.direction_cache) / f"direction-{_digest(made_of)}.safetensors"
+        return Path(self.config.direction_cache) / f"direction-{digest(made_of)}.safetensors"
 
     def _write_direction(self, file: Path, direction: Tensor) -> None:
         tensors = {"direction": direction.contiguous()}
@@ -460,6 +460,10 @@ class ForValueScorer:
             return None
         return core.inverse_with_ridge(self._second_moment, WHITENING_RIDGE)
 
+    def _readable_twice(self, dataset: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+        """The data set, a generator's rows kept where `_seen_only` reads them before they are scored."""
+        return list(dataset) if self.config.vocab == "seen" and isinstance(dataset, Iterator) else dataset
+
     def _seen_only(self, direction: Tensor, dataset: Iterable[Mapping[str, Any]]) -> Tensor:
         """With `vocab="seen"`, the direction without the tokens that are no label anywhere (the paper's Algorithm 1,
         with the union over the data set in place of the batch, so that a score does not depend on its batch-mates)."""
@@ -473,30 +477,3 @@ class ForValueScorer:
                 labels = item.row.labels[1:]
                 seen[labels[labels != -100]] = True
         return direction * seen.to(direction.device)[:, None]
-
-
-def hash_weights(model: nn.Module) -> str:
-    """Hash of every parameter and buffer of a model, adapters included; the same in every process."""
-    hasher = xxhash.xxh3_64()
-    for name, tensor in sorted(model.state_dict().items()):
-        tensor = whole(tensor)
-        hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        hasher.update(_checksums(tensor.detach()).numpy().data)
-    return hasher.hexdigest()
-
-
-def _checksums(tensor: Tensor) -> Tensor:
-    """Sums over the rows and over the columns of a tensor's bits, laid out as a square; on the CPU.
-
-    Computed where the tensor lies: reading a model back from an accelerator takes a second per 3 GB. A change of one
-    value changes two sums, and what is left of integers that overflow is the same on every device.
-    """
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.contiguous().flatten().view(integer)
-    side = isqrt(len(bits))
-    square = bits[: side * side].view(side, side)
-    return torch.cat([square.sum(0, dtype=integer), square.sum(1, dtype=integer), bits[side * side :]]).cpu()
-
-
-def _digest(text: str) -> str:
-    return xxhash.xxh3_64_hexdigest(text.encode())

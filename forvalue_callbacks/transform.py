@@ -44,7 +44,7 @@ class ForValueTransform:
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str | os.PathLike[str],
         validation_dataset: Iterable[Mapping[str, Any]],
         config: ForValueConfig | None = None,
         *,
@@ -88,7 +88,7 @@ class ForValueTransform:
         """The scorer of a worker; a model given by name is loaded onto the accelerator `rank % n`, if there is one."""
         if rank not in self._scorers:
             model: Any = self._model
-            if isinstance(model, str):
+            if isinstance(model, (str, os.PathLike)):
                 model = AutoModelForCausalLM.from_pretrained(model, **self._model_kwargs)
                 accelerator = torch.accelerator.current_accelerator(check_available=True)
                 if rank is not None and accelerator is not None:

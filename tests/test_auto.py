@@ -1,15 +1,30 @@
 """direction="auto" and "labels": corrupted copies, the classifier and its shares, the label model, every way in."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import build_model, build_rows
+from oracles import relative, row_gradient
+from test_scorer import inverse_second_moment
 
 from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform, baselines
+from forvalue_callbacks.auto import _scores
 from forvalue_callbacks.batching import Batcher, concatenate
 from forvalue_callbacks.calibration import fit_classifier, log_odds, shares
 from forvalue_callbacks.corruption import KINDS, answer_span, corrupted, word_starts
-from forvalue_callbacks.evidence import FOLDS, HALF_CANDIDATES, ROW_CANDIDATES, Evidence, Half, Match, n_grams
+from forvalue_callbacks.evidence import (
+    FOLDS,
+    HALF_CANDIDATES,
+    ROW_CANDIDATES,
+    Evidence,
+    Half,
+    Match,
+    Measured,
+    n_grams,
+)
 from forvalue_callbacks.labels import _expectation, fit_labels
 from forvalue_callbacks.rows import Row, RowPreparer
 from forvalue_callbacks.scores import auc
@@ -163,12 +178,32 @@ def test_out_of_fold_probabilities_do_not_know_their_own_row():
     assert auc(score[:30], score[30:]) < 0.7
 
 
+def test_copies_of_a_row_are_never_in_different_folds():
+    """A row and its copy look the same: what is said of both out of fold is the same."""
+    x, classes = np.random.default_rng(0).normal(size=(30, 20)).repeat(2, 0), np.arange(60) % 2
+    _, held_out = fit_classifier(x, classes, np.arange(30).repeat(2))
+    np.testing.assert_array_equal(held_out[::2], held_out[1::2])
+
+
+def test_classes_count_alike_however_many_rows_they_have():
+    x = np.random.default_rng(0).normal(size=(600, 2))
+    classifier, _ = fit_classifier(x, (np.arange(600) >= 500).astype(int), np.arange(600))
+    assert abs(classifier.log_p(x).mean(0) - np.log(0.5)).max() < 0.1
+
+
 def test_log_odds_are_those_of_bayes():
     p = np.array([[0.5, 0.3, 0.2]])
     share = np.array([0.6, 0.1, 0.3])
     want = np.log(0.5 * 0.6) - np.log(0.3 * 0.1 + 0.2 * 0.3)
     # The floor of half a row for each kind is above 0.1 with one row: take many.
     assert log_odds(np.log(np.repeat(p, 100, 0)), share)[0] == pytest.approx(want)
+
+
+def test_rows_are_ranked_by_a_kind_that_was_not_found():
+    """It keeps the share of half a row."""
+    p = np.linspace(0.1, 0.9, 100)
+    odds = log_odds(np.log(np.stack([p, 1 - p], 1)), np.array([1.0, 0.0]))
+    np.testing.assert_allclose(odds, np.log(p) - np.log((1 - p) * 0.5 / 100), rtol=1e-12)
 
 
 def test_auc_counts_ties_half():
@@ -203,6 +238,24 @@ def test_a_match_never_scores_a_pair_that_it_has_seen():
     assert auc(before, Match(prompts, answers, fold)(prompts, answers.roll(1, 0), fold)) < 0.75
 
 
+def test_the_match_is_a_cosine_of_whitened_sides_with_a_tenth_of_ridge():
+    torch.manual_seed(0)
+    prompts = torch.randn(30, 4).double() @ torch.randn(4, 4).double()
+    answers, fold = prompts + torch.randn(30, 4).double(), np.arange(30) % FOLDS
+
+    def inverse_root(x):
+        moment = (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
+        values, vectors = torch.linalg.eigh(moment + 0.1 * moment.trace() / 4 * torch.eye(4, dtype=torch.float64))
+        return ((x - x.mean(0)) @ (vectors * values**-0.5)).numpy()
+
+    p, a, want = inverse_root(prompts), inverse_root(answers), np.zeros(30)
+    for i in range(30):
+        others = fold != fold[i]
+        projected = p[i] @ (p[others].T @ a[others]) / others.sum()
+        want[i] = projected @ a[i] / (np.linalg.norm(p[i]) * np.linalg.norm(a[i]))
+    assert relative(Match(prompts, answers, fold)(prompts, answers, fold), want) < 1e-9
+
+
 def test_what_is_measured_on_a_row_is_that_of_the_row_alone():
     """Against the baselines' mutual information, the model's own logits, and n-grams counted by hand."""
     model, rows, held_out = build_model("llama", torch.float64), answered(8, seed=1), answered(12, seed=2)
@@ -215,8 +268,8 @@ def test_what_is_measured_on_a_row_is_that_of_the_row_alone():
         measured, reasons, _ = evidence.measure(rows, "rows")
     assert reasons == [None] * 8
     column = dict(zip(ROW_CANDIDATES, measured.row_NF.T, strict=True))
-    np.testing.assert_allclose(column["mutual information"], baselines.pmi(model, rows, bos_token_id=1), rtol=1e-8)
-    np.testing.assert_allclose(column["mean log-likelihood"], baselines.loss(model, rows), rtol=1e-8)
+    assert relative(column["mutual information"], baselines.pmi(model, rows, bos_token_id=1)) < 1e-8
+    assert relative(column["mean log-likelihood"], baselines.loss(model, rows)) < 1e-8
     for i, row in enumerate(rows):
         ids, start = torch.tensor(row["input_ids"]), sum(label == -100 for label in row["labels"])
         with torch.no_grad():
@@ -235,8 +288,74 @@ def test_what_is_measured_on_a_row_is_that_of_the_row_alone():
         plain = ForValueScorer(model, held_out[h::2], progress=False).score(rows)
         after = ForValueScorer(model, held_out[h::2], ForValueConfig("fitted_likelihood", "length"), progress=False)
         by_half = dict(zip(HALF_CANDIDATES, measured.half_NHF[:, h].T, strict=True))
-        np.testing.assert_allclose(by_half["gradient"], plain.values, rtol=1e-8)
-        np.testing.assert_allclose(by_half["fitted_likelihood"], after.score(rows).values, rtol=1e-4)
+        assert relative(by_half["gradient"], plain.values) < 1e-8
+        assert relative(by_half["fitted_likelihood"], after.score(rows).values) < 1e-4
+
+
+def log_likelihood(model, row):
+    """Of the row's labelled tokens, by the model's own forward."""
+    ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])[1:]
+    with torch.no_grad():
+        log_p = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+    keep = labels != -100
+    return float(log_p[keep].gather(1, labels[keep][:, None]).sum())
+
+
+def test_what_half_of_the_held_out_rows_says_of_a_row_is_written_out():
+    """Against autograd on the head's weight, and a copy of the model with the moved head."""
+    model, rows, held_out = build_model("llama", torch.float64), answered(6, seed=1), answered(12, seed=2)
+    scorer = ForValueScorer(model, held_out, progress=False)
+    items, head = scorer._validation(), scorer.backbone.head()
+    with torch.no_grad():
+        halves = [Half.of(head, concatenate(scorer.batcher.labelled(items[h::2])), 0.01) for h in (0, 1)]
+        measured, _, _ = Evidence(scorer.batcher, head, prepared(held_out), halves, bos=1).measure(rows, "rows")
+    np.testing.assert_array_equal(measured.n_labelled, [len(answer(row)) for row in prepared(rows)])
+    np.testing.assert_allclose(measured.row_NF[:, ROW_CANDIDATES.index("length")], np.log(measured.n_labelled))
+    gradients, n = [row_gradient(model, row) for row in rows], measured.n_labelled
+    answers = [answer(row) for row in prepared(rows)]
+    alone = [{"input_ids": [1, *tokens], "labels": [-100, *tokens]} for tokens in answers]
+    for h, half in enumerate(halves):
+        metric = inverse_second_moment(model, held_out[h::2])
+        direction = torch.stack([row_gradient(model, row) for row in held_out[h::2]]).mean(0)
+        moved = deepcopy(model)
+        with torch.no_grad():
+            moved.get_output_embeddings().weight += half.move_VD
+        before, after = (np.array([log_likelihood(m, row) for row in rows]) for m in (model, moved))
+        after_alone = np.array([log_likelihood(moved, row) for row in alone])
+        want, plain = {}, torch.eye(len(metric), dtype=metric.dtype)
+        for name, along, m in (("gradient", direction, plain), ("whitened", direction @ metric, metric)):
+            want[name] = np.array([float((along * g).sum()) for g in gradients])
+            want[f"{name}, length"] = want[name] / n
+            want[f"{name}, cosine"] = want[name] / [float((g @ m * g).sum().sqrt()) for g in gradients]
+        want |= {"fitted": after - before, "fitted, length": (after - before) / n, "fitted_likelihood": after / n}
+        want["mutual information, fitted"] = (after - after_alone) / n
+        assert half.move_VD.any()
+        assert tuple(want) == HALF_CANDIDATES
+        for column, (name, values) in enumerate(want.items()):
+            assert relative(measured.half_NHF[:, h, column], values) < 1e-6, name
+
+
+def test_training_rows_are_judged_by_both_halves_alike():
+    """The same scores where the halves change places, others where either of them says other things."""
+    rng = np.random.default_rng(0)
+
+    def measured(n, shift=0.0):
+        side = torch.from_numpy(rng.normal(size=(n, 4)))
+        row, half = rng.normal(size=(n, len(ROW_CANDIDATES))), rng.normal(size=(n, 2, len(HALF_CANDIDATES)))
+        return Measured(row - shift, half - shift, side, side + 0.1, np.zeros(n), np.ones(n, dtype=int), np.arange(n))
+
+    clean, copied, train = measured(40), (measured(40, 2.0), np.arange(40)), measured(50, 1.0)
+
+    def scores(train):
+        return _scores(clean, {"swapped": copied}, train, [None] * 50, np.random.default_rng(1)).values
+
+    want = scores(train)
+    places = replace(train, half_NHF=train.half_NHF[:, ::-1])
+    np.testing.assert_allclose(scores(places), want, rtol=1e-10)
+    for half in (0, 1):
+        other = train.half_NHF.copy()
+        other[:, half] += 0.5
+        assert relative(scores(replace(train, half_NHF=other)), want) > 1e-3
 
 
 # ---- the label model ----
@@ -284,6 +403,40 @@ def test_a_row_does_not_vouch_for_itself():
     assert before.log_odds[7] * after.log_odds[7] < 0
 
 
+def test_a_row_that_only_its_own_feature_could_explain_does_not_vouch_for_itself():
+    """The odds of both answers of a row add up to what the noise says, also where it has a feature of its own."""
+    rng = np.random.default_rng(0)
+    known, x = torch.randn(40, 4, generator=torch.manual_seed(0)), torch.randn(200, 4)
+    known[:, 2:], x[:, 2:] = 0, 0
+    x[7, 2] = x[8, 3] = 1
+    answers = (known[:, 0] > 0).long().numpy()
+    observed = ((x[:, 0] > 0).numpy() ^ (rng.random(200) < 0.2)).astype(int)
+    before, sums = fit_labels(known, answers, x, observed), []
+    for i in (7, 8, 20, 21):
+        flipped = observed.copy()
+        flipped[i] = 1 - flipped[i]
+        sums.append(before.log_odds[i] + fit_labels(known, answers, x, flipped).log_odds[i])
+    assert max(sums) - min(sums) < 1
+
+
+def test_an_answer_given_in_place_of_another_is_doubted_and_not_the_other_way_round():
+    true = torch.arange(600) % 2
+    x = torch.randn(600, 3, generator=torch.manual_seed(0))
+    x[:, 0] += true
+    observed = true[:400].clone()
+    observed[100:] = 1  # none of the answers 0 is wrong, of the answers 1 many are
+    fit = fit_labels(x[400:], true[400:].numpy(), x[:400], observed.numpy())
+    zero, one = (fit.log_odds[observed.numpy() == k].mean() for k in (0, 1))
+    assert zero > one + 0.3
+
+
+def test_training_rows_teach_the_label_model_what_few_held_out_rows_cannot():
+    known, answers, _, _ = clusters(8, 0, 0.0)
+    x, _, observed, _ = clusters(300, 1, 0.2)
+    alone, together = fit_labels(known, answers, x, observed).likelihood
+    assert together > alone + 0.3
+
+
 def test_the_expectation_step_is_that_of_a_loop():
     """Two alternations: after the first the noise is no longer the symmetric one that it starts from."""
     torch.manual_seed(0)
@@ -326,7 +479,7 @@ def test_auto_and_labels_agree_where_answers_repeat_and_find_the_wrong_ones():
     np.testing.assert_array_equal(values["labels"], values["auto"])
     assert auc(values["auto"][~wrong], values["auto"][wrong]) > 0.9
     plain = ForValueScorer(model, validation, progress=False).score(train)
-    np.testing.assert_allclose(scores.log_likelihood, plain.log_likelihood, rtol=1e-5)
+    assert relative(scores.log_likelihood, plain.log_likelihood) < 1e-5
     np.testing.assert_array_equal(scores.n_labelled, plain.n_labelled)
 
 
@@ -382,7 +535,7 @@ def test_scores_do_not_depend_on_the_batch_size():
         .values
         for n in (20, 10_000)
     ]
-    np.testing.assert_allclose(values[0], values[1], rtol=1e-3, atol=1e-3)
+    assert relative(values[0], values[1]) < 1e-3
 
 
 def test_what_has_no_meaning_for_log_odds_is_refused():

@@ -123,6 +123,12 @@ def test_low_precision_is_no_worse_than_the_naive_code(kind, dtype):
     assert relative(scores, exact) <= 2 * relative(naive, exact) + 4 * torch.finfo(torch.float32).eps
 
 
+def test_the_ridge_of_an_inverse_is_a_share_of_the_mean_diagonal():
+    moment = torch.cov(torch.randn(D, 3 * D, dtype=torch.float64))
+    want = torch.linalg.inv(moment + 0.3 * moment.trace() / D * torch.eye(D, dtype=torch.float64))
+    assert relative(core.inverse_with_ridge(moment, 0.3), want) < 1e-12
+
+
 def test_extreme_logits_stay_finite():
     head, (hidden, other), (labels, other_labels) = make("plain", torch.float32)
     direction = core.add_gradient(torch.zeros(V, D), head, other * 1e3, other_labels, vocab_block=5)

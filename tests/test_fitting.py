@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from conftest import build_model, build_rows
 from test_core import HEADS, D, V, make, naive_log_p, relative
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, core
-from forvalue_callbacks.fitting import RIDGES, _inverse_fourth_root, fit_head
+from forvalue_callbacks.fitting import RIDGES, fit_head
 
 # Rows that come three times: what is learned from one helps with another, so the fit does move the head.
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2) * 3
@@ -39,12 +40,21 @@ def problem(kind="plain", n=60, seed=0):
     return head, hidden, labels, torch.arange(n) // 3
 
 
+def fourth_root_of_the_inverse(hidden):
+    """Of the second moment with a hundredth of its mean eigenvalue added, scaled to unit mean square; written out."""
+    moment = torch.stack([torch.outer(h, h) for h in hidden]).mean(0)
+    ridged = moment + 0.01 * moment.trace() / D * torch.eye(D, dtype=moment.dtype)
+    values, vectors = np.linalg.eigh(np.linalg.inv(ridged.numpy()))
+    root = torch.from_numpy(vectors @ np.diag(values**0.25) @ vectors.T)
+    return root / (hidden @ root).square().mean().sqrt()
+
+
 @pytest.mark.parametrize("kind", ["plain", "bias", "scale"])
 def test_the_fit_is_the_optimum_of_the_naive_full_softmax_problem(kind):
     """At the move found, the gradient of the objective written out over the whole vocabulary has all but vanished."""
     head, hidden, labels, rows = problem(kind)
     fit = fit_head(head, hidden, labels, rows)
-    root = _inverse_fourth_root(hidden)
+    root = fourth_root_of_the_inverse(hidden)
     seen = labels.unique()
     assert fit.ridge in RIDGES
     assert not fit.move_VD[[v for v in range(V) if v not in seen.tolist()]].any()
@@ -67,6 +77,27 @@ def test_the_ridge_is_the_best_on_held_out_rows_and_beats_no_move():
     fresh = problem(n=300)
     gain, _ = core.gain_tokens(head, fit.move_VD, fresh[1], fresh[2])
     assert float(gain.mean()) > 0
+
+
+def test_positions_of_one_row_are_never_in_different_folds():
+    """Rows of ten positions alike, each row with a label of its own: what is learned of a row helps with no other."""
+    torch.manual_seed(0)
+    head = core.Head(torch.zeros(V, D, dtype=torch.float64))
+    hidden = torch.randn(12, D, dtype=torch.float64).repeat_interleave(10, 0)
+    rows = torch.arange(12).repeat_interleave(10)
+    fit = fit_head(head, hidden, rows % 6, rows)
+    together = fit_head(head, hidden, rows % 6, torch.arange(120))  # the same positions as rows of their own
+    assert max(fit.curve.values()) < 0.5 * fit.curve[torch.inf]
+    assert max(together.curve.values()) > 0.5 * fit.curve[torch.inf]
+    assert together.ridge < fit.ridge
+
+
+def test_of_too_many_positions_the_fit_takes_some_from_everywhere(monkeypatch):
+    head, hidden, labels, rows = problem(n=240)
+    labels[:120], labels[120:] = labels[:120] % 2, 20 + labels[120:] % 2
+    monkeypatch.setattr("forvalue_callbacks.fitting.MAX_POSITIONS", 80)
+    seen = set(labels[fit_head(head, hidden, labels, rows).move_VD[labels].any(1)].tolist())
+    assert seen == {0, 1, 20, 21}
 
 
 def test_labels_without_any_pattern_do_not_move_a_head_that_knows_it():

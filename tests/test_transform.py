@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import build_model, build_rows
 from datasets import Dataset, IterableDataset
+from oracles import relative
+from transformers import AutoModelForCausalLM
 
-from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueTransform
+from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, ForValueTransform
 
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
 
@@ -20,7 +23,7 @@ def test_map_adds_the_scores_of_the_scorer_whatever_the_batch_size():
     want = ForValueScorer(model, VALIDATION, progress=False).score(TRAIN).values
     for size in (5, 1000):
         mapped = Dataset.from_list(TRAIN).map(ForValueTransform(model, VALIDATION), batched=True, batch_size=size)
-        assert np.allclose(mapped["forvalue_score"], want, rtol=1e-5, atol=1e-6)
+        assert relative(mapped["forvalue_score"], want) < 1e-5
         assert mapped["input_ids"] == [row["input_ids"] for row in TRAIN]
 
 
@@ -36,7 +39,7 @@ def test_streams_are_scored_as_they_come():
         ForValueTransform(build_model(), VALIDATION), batched=True, batch_size=4
     )
     want = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN).values
-    assert np.allclose([row["forvalue_score"] for row in stream], want, rtol=1e-5, atol=1e-6)
+    assert relative([row["forvalue_score"] for row in stream], want) < 1e-5
 
 
 WORKERS = """
@@ -60,14 +63,29 @@ def test_worker_processes_give_the_same_column_and_do_not_wait_for_the_parents_t
     code = WORKERS.format(tests=str(Path(__file__).parent))
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
     want = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN).values
-    assert np.allclose(json.loads(out), want, rtol=1e-5, atol=1e-6)
+    assert relative(json.loads(out), want) < 1e-5
 
 
-def test_a_process_that_never_made_the_transform_says_what_to_do():
+def test_a_process_that_never_made_the_transform_says_what_to_do(monkeypatch):
     data = pickle.dumps(ForValueTransform(build_model(), VALIDATION))
-    code = f"import pickle; pickle.loads({data!r})"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "not forked" in out.stderr
+    monkeypatch.setattr("forvalue_callbacks.transform._LIVE", {})
+    with pytest.raises(RuntimeError, match="not forked"):
+        pickle.loads(data)
+
+
+def test_a_model_is_loaded_by_its_path_where_it_is_needed(monkeypatch):
+    loaded = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float64)
+    want = ForValueScorer(loaded, VALIDATION, progress=False).score(TRAIN)
+    calls, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: (calls.append(args), load(*args, **kwargs))[1]
+    )
+    transform = ForValueTransform(TINY_MODEL, VALIDATION, model_kwargs={"dtype": torch.float64})
+    assert calls == []
+    mapped = Dataset.from_list(TRAIN).map(transform, batched=True, batch_size=5)
+    assert relative(mapped["forvalue_score"], want.values) < 1e-9
+    assert calls == [(TINY_MODEL,)], "once"
+    assert transform.fingerprint == ForValueTransform(loaded, VALIDATION).fingerprint
 
 
 def test_the_seen_vocabulary_needs_more_than_a_batch():
@@ -75,41 +93,48 @@ def test_the_seen_vocabulary_needs_more_than_a_batch():
         ForValueTransform(build_model(), VALIDATION, ForValueConfig(vocab="seen"))
 
 
-# A fresh process that maps a data set from disk and says whether it computed anything.
+# A fresh process that maps a data set from disk, once for each of its settings, and says whether it computed anything.
 MAP = """
-import sys, peft
+import json, sys, peft
 sys.path.insert(0, {tests!r})
 from conftest import build_model, build_rows
 from datasets import load_from_disk
 from forvalue_callbacks import ForValueConfig, ForValueTransform
 
-model = build_model(seed={seed})
-if {adapter}:
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-transform = ForValueTransform(model, build_rows(5, seed={validation}), ForValueConfig(normalize={normalize!r}))
-calls = []
-call = ForValueTransform.__call__
+call, calls = ForValueTransform.__call__, []
 ForValueTransform.__call__ = lambda self, *args: (calls.append(1), call(self, *args))[1]
-load_from_disk({data!r}).map(transform, batched=True)
-print("computed" if calls else "cached", transform.fingerprint)
+found = []
+for settings in {settings!r}:
+    model = build_model(seed=settings["seed"])
+    if settings["adapter"]:
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, lora)
+    if settings["adapter"] == "off":
+        model.base_model.disable_adapter_layers()
+    config = ForValueConfig(normalize=settings["normalize"])
+    transform = ForValueTransform(model, build_rows(5, seed=settings["validation"]), config)
+    calls.clear()
+    load_from_disk({data!r}).map(transform, batched=True)
+    found.append(("computed" if calls else "cached", transform.fingerprint))
+print(json.dumps(found))
 """
 
 
 def test_the_cache_serves_a_second_process_until_something_changes(tmp_path):
     Dataset.from_list(TRAIN).save_to_disk(str(tmp_path / "data"))
 
-    def run(**changes):
-        settings = {"seed": 0, "adapter": False, "validation": 2, "normalize": "none", **changes}
-        code = MAP.format(tests=str(Path(__file__).parent), data=str(tmp_path / "data"), **settings)
+    def run(*changes):
+        plain = {"seed": 0, "adapter": "", "validation": 2, "normalize": "none"}
+        settings = [{**plain, **change} for change in changes]
+        code = MAP.format(tests=str(Path(__file__).parent), data=str(tmp_path / "data"), settings=settings)
         env = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-        return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=env).stdout
+        out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=env).stdout
+        return json.loads(out.splitlines()[-1])
 
-    first = run().split()
-    assert first[0] == "computed"
-    assert run().split() == ["cached", first[1]]
-    changed = [
-        run(**change).split()
-        for change in ({"seed": 1}, {"adapter": True}, {"validation": 3}, {"normalize": "length"})
-    ]
-    assert [word for word, _ in changed] == ["computed"] * 4
-    assert len({first[1], *(fingerprint for _, fingerprint in changed)}) == 5
+    ((word, first),) = run({})
+    assert word == "computed"
+    others = [{"seed": 1}, {"adapter": "on"}, {"adapter": "off"}, {"validation": 3}, {"normalize": "length"}]
+    again, *changed = run({}, *others)
+    assert again == ["cached", first]
+    assert [word for word, _ in changed] == ["computed"] * len(others)
+    assert len({first, *(fingerprint for _, fingerprint in changed)}) == 1 + len(others)
