@@ -111,6 +111,27 @@ def test_words_are_deleted_whole():
         assert (29 in kept) == (35 in kept) == (38 in kept)
 
 
+def test_as_many_words_change_as_the_kind_says_and_rows_keep_to_their_longest():
+    words, end = 40, np.array([EOS])
+    rows = [Row(np.concatenate([[3], k + np.arange(words), end]), np.concatenate([[-100], k + np.arange(words), end]))
+            for k in range(100, 100 + 50 * words, words)]  # fmt: skip
+    lengths = {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        copies = corrupted(rows, kind, np.random.default_rng(0))
+        lengths[kind] = [len(answer(copy)) - 1 for copy in copies]
+        foreign = [
+            sum(token not in row.labels for token in answer(copy)) for row, copy in zip(rows, copies, strict=True)
+        ]
+        if kind == "words inserted":
+            assert sum(foreign) > 0.9 * sum(n - words for n in lengths[kind]), "words of all answers"
+        cut = corrupted(rows, kind, np.random.default_rng(0), max_length=7)
+        for copy, short in zip(copies, cut, strict=True):
+            np.testing.assert_array_equal(short.input_ids, copy.input_ids[:7])
+            np.testing.assert_array_equal(short.labels, copy.labels[:7])
+    for kind, low, high in (("words deleted", 20, 36), ("words inserted", 44, 60), ("truncated", 8, 32)):
+        assert low <= min(lengths[kind]) < low + 4 < high - 4 < max(lengths[kind]) <= high, kind
+
+
 def test_the_answer_is_the_longest_run_of_labels():
     labels = np.array([-100, 5, -100, 6, 7, 8, -100, 9, 10])
     assert answer_span(Row(labels, labels)) == slice(3, 6)
@@ -335,27 +356,98 @@ def test_what_half_of_the_held_out_rows_says_of_a_row_is_written_out():
             assert relative(measured.half_NHF[:, h, column], values) < 1e-6, name
 
 
-def test_training_rows_are_judged_by_both_halves_alike():
-    """The same scores where the halves change places, others where either of them says other things."""
+def drawn(rng, n, shift=0.0, columns=slice(None)):
+    """Numbers drawn at random for n rows, lower by a shift."""
+    side = torch.from_numpy(rng.normal(size=(n, 4)))
+    row, half = rng.normal(size=(n, len(ROW_CANDIDATES))), rng.normal(size=(n, 2, len(HALF_CANDIDATES)))
+    half[:, :, columns] -= shift
+    return Measured(row, half, side, side + 0.1, np.zeros(n), np.ones(n, dtype=int), np.arange(n))
+
+
+def scores_of(clean, copied, train):
+    """From what was measured, the same draws of folds each time; copies are in the order of the clean rows."""
+    copies = {kind: (copy, np.arange(len(copy.index))) for kind, copy in copied.items()}
+    return _scores(clean, copies, train, [None] * len(train.index), np.random.default_rng(1))
+
+
+def test_training_rows_are_judged_by_both_halves_alike_and_held_out_rows_by_the_other_one():
     rng = np.random.default_rng(0)
+    clean, copied, train = drawn(rng, 40), {"swapped": drawn(rng, 40, 2.0)}, drawn(rng, 50, 1.0)
+    want = scores_of(clean, copied, train).values
+    swapped = replace(train, half_NHF=train.half_NHF[:, ::-1])
+    np.testing.assert_allclose(scores_of(clean, copied, swapped).values, want, rtol=1e-10)
+    other = train.half_NHF.copy()
+    other[:, 1] += 0.5
+    assert relative(scores_of(clean, copied, replace(train, half_NHF=other)).values, want) > 1e-3
+    for measured in (clean, *copied.values()):  # what a row's own half says of it
+        measured.half_NHF[np.arange(40), np.arange(40) % 2] = np.nan
+    np.testing.assert_array_equal(scores_of(clean, copied, train).values, want)
 
-    def measured(n, shift=0.0):
-        side = torch.from_numpy(rng.normal(size=(n, 4)))
-        row, half = rng.normal(size=(n, len(ROW_CANDIDATES))), rng.normal(size=(n, 2, len(HALF_CANDIDATES)))
-        return Measured(row - shift, half - shift, side, side + 0.1, np.zeros(n), np.ones(n, dtype=int), np.arange(n))
 
-    clean, copied, train = measured(40), (measured(40, 2.0), np.arange(40)), measured(50, 1.0)
+def test_a_kind_that_cannot_be_told_has_no_share_though_the_training_rows_look_like_it():
+    rng = np.random.default_rng(4)
+    clean, train = drawn(rng, 60), drawn(rng, 100, 2.0, slice(1))
+    copied = {"swapped": drawn(rng, 60, 0.1, slice(1)), "truncated": drawn(rng, 60, 2.0, slice(5, 10))}
+    noise = scores_of(clean, copied, train).metadata["noise"]
+    assert noise["held_out"]["swapped"]["auc"] < 0.6 < noise["held_out"]["truncated"]["auc"]
+    assert noise["shares"]["swapped"] == 0
 
-    def scores(train):
-        return _scores(clean, {"swapped": copied}, train, [None] * 50, np.random.default_rng(1)).values
 
-    want = scores(train)
-    places = replace(train, half_NHF=train.half_NHF[:, ::-1])
-    np.testing.assert_allclose(scores(places), want, rtol=1e-10)
-    for half in (0, 1):
-        other = train.half_NHF.copy()
-        other[:, half] += 0.5
-        assert relative(scores(replace(train, half_NHF=other)), want) > 1e-3
+def test_no_row_is_matched_by_what_was_learned_from_it_or_its_original(monkeypatch):
+    folds = []
+
+    class Noted(Match):
+        def __init__(self, prompt_ND, answer_ND, fold):
+            folds.append(fold)
+            super().__init__(prompt_ND, answer_ND, fold)
+
+        def __call__(self, prompt_ND, answer_ND, fold):
+            folds.append(fold)
+            return super().__call__(prompt_ND, answer_ND, fold)
+
+    monkeypatch.setattr("forvalue_callbacks.auto.Match", Noted)
+    rng = np.random.default_rng(0)
+    scores_of(drawn(rng, 40), {"swapped": drawn(rng, 40, 2.0)}, drawn(rng, 50))
+    learned, clean, copies, train = folds
+    np.testing.assert_array_equal(learned, np.concatenate([clean, train]))
+    np.testing.assert_array_equal(copies, clean)
+    assert set(train.tolist()) == set(clean.tolist()) == set(range(FOLDS))
+
+
+def test_answers_are_swapped_within_a_half(monkeypatch):
+    """The other half would know them."""
+    held_out, halves = answered(40, seed=1), []
+
+    def noted(rows, *_):
+        halves.append([row.input_ids.tolist() for row in rows])
+        if len(halves) == 2:
+            raise RuntimeError("seen enough")
+        return [None] * len(rows)
+
+    monkeypatch.setattr("forvalue_callbacks.auto.corrupted", noted)
+    scorer = ForValueScorer(build_model(), held_out, ForValueConfig(direction="auto"), progress=False)
+    with pytest.raises(RuntimeError, match="seen enough"):
+        scorer.score(answered(3))
+    assert halves == [[row["input_ids"] for row in held_out[h::2]] for h in (0, 1)]
+
+
+def test_wide_states_are_kept_along_their_leading_directions(monkeypatch):
+    """Prompts along those of the held-out rows' prompts, answers along those of their answers."""
+    monkeypatch.setattr("forvalue_callbacks.evidence.MATCH_DIMENSIONS", 4)
+    model, rows, held_out = build_model("llama", torch.float64), answered(8, seed=1), answered(12, seed=2)
+    scorer = ForValueScorer(model, held_out, progress=False)
+    head = scorer.backbone.head()
+    with torch.no_grad():
+        half = Half.of(head, concatenate(scorer.batcher.labelled(scorer._validation())), 0.01)
+        evidence = Evidence(scorer.batcher, head, prepared(held_out), [half, half], bos=1)
+        clean, wide = (evidence.measure(side, "rows")[0] for side in (held_out, rows))
+        narrow = evidence.project(clean), evidence.measure(rows, "rows")[0]
+    for name in ("prompt_ND", "answer_ND"):
+        known = getattr(clean, name)
+        _, _, directions = np.linalg.svd((known - known.mean(0)).numpy())
+        for before, after in zip((clean, wide), narrow, strict=True):
+            x, kept = getattr(before, name).numpy() @ directions[:4].T, getattr(after, name).numpy()
+            assert relative(kept @ kept.T, x @ x.T) < 1e-5, "up to a rotation"
 
 
 # ---- the label model ----
@@ -406,13 +498,12 @@ def test_a_row_does_not_vouch_for_itself():
 def test_a_row_that_only_its_own_feature_could_explain_does_not_vouch_for_itself():
     """The odds of both answers of a row add up to what the noise says, also where it has a feature of its own."""
     rng = np.random.default_rng(0)
-    known, x = torch.randn(40, 4, generator=torch.manual_seed(0)), torch.randn(200, 4)
-    known[:, 2:], x[:, 2:] = 0, 0
-    x[7, 2] = x[8, 3] = 1
+    known, x = torch.randn(40, 2, generator=torch.manual_seed(0)), torch.randn(200, 2)
     answers = (known[:, 0] > 0).long().numpy()
     observed = ((x[:, 0] > 0).numpy() ^ (rng.random(200) < 0.2)).astype(int)
+    known, x = torch.cat([known, torch.zeros(40, 6)], 1), torch.cat([x, torch.eye(200)[:, :6]], 1)
     before, sums = fit_labels(known, answers, x, observed), []
-    for i in (7, 8, 20, 21):
+    for i in range(9):
         flipped = observed.copy()
         flipped[i] = 1 - flipped[i]
         sums.append(before.log_odds[i] + fit_labels(known, answers, x, flipped).log_odds[i])
