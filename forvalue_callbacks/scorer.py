@@ -6,7 +6,8 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from math import isqrt
@@ -22,12 +23,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import core
-from .auto import REPEATED, score_auto, score_labels, share_repeated
+from .auto import (
+    REPEATED,
+    ROWS,
+    VALIDATION,
+    passes_of_auto,
+    passes_of_labels,
+    score_auto,
+    score_labels,
+    share_repeated,
+)
 from .batching import Batcher, Item, Labelled, concatenate, joined, of_all_ranks, world
 from .corruption import word_starts
 from .evidence import OVERFLOW
 from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found, whole
+from .progress import Pass, Progress, size
 from .rows import RowConfig, RowPreparer
 from .scores import ForValueScores
 
@@ -35,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 # Share of the mean diagonal that is added to the second moment before it is inverted.
 WHITENING_RIDGE = 0.01
+# The passes that are not in `auto.py`, by name.
+LABELS, PAIRS_WITH, PAIRS = "labels of all rows", "validation rows, for pairs", "pairs"
 
 
 @dataclass
@@ -130,7 +143,7 @@ class ForValueScorer:
         data_collator: makes model inputs of rows that need more than token ids (images), and labels of rows that
             come with `input_ids` only.
         rows: how rows are prepared, as in `SFTConfig` (`max_length`, `completion_only_loss`, ...).
-        progress: show progress bars (on the first rank).
+        progress: say how long it will take and show a bar (on the first rank), or a `Progress` that does.
 
     The direction is computed once, at first use (and kept for other processes in `config.direction_cache`): make a
     new scorer for a model that has been trained since.
@@ -148,9 +161,11 @@ class ForValueScorer:
         processing_class: Any = None,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         rows: RowConfig | None = None,
-        progress: bool = True,
+        progress: bool | Progress = True,
     ):
         self.config = config or ForValueConfig()
+        if not isinstance(progress, Progress):
+            progress = Progress(*[progress and world()[0] == 0] * 2)
         self.backbone = Backbone(model, self.config.forward_dtype)
         self.validation_dataset = validation_dataset
         self.rows = rows or RowConfig()
@@ -180,7 +195,7 @@ class ForValueScorer:
         """
         if self.config.gives_log_odds:
             return self._score_log_odds(dataset)
-        with left_as_found(self.backbone.model):
+        with left_as_found(self.backbone.model), self._passes(dataset, ROWS):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
             metric = self._metric()
 
@@ -198,7 +213,7 @@ class ForValueScorer:
                 return list(zip(values.tolist(), log_p.tolist(), batch.lengths, strict=True))
 
             results, reasons, data_hash = self.batcher.map(
-                dataset, score, "scoring", positions=core.tile_for(head.weight.device)
+                dataset, score, ROWS, positions=core.tile_for(head.weight.device)
             )
         values = np.full(len(reasons), np.nan)
         log_likelihood = np.full(len(reasons), np.nan)
@@ -218,18 +233,20 @@ class ForValueScorer:
             self._check()
             head = self.backbone.head()
             if self.config.direction == "labels" or share_repeated(items) >= REPEATED:
-                scores, data_hash = score_labels(self.batcher, head, items, dataset)
+                with self._over(dataset, passes_of_labels(items, dataset)):
+                    scores, data_hash = score_labels(self.batcher, head, items, dataset)
             else:
-                scores, data_hash = score_auto(
-                    self.batcher,
-                    head,
-                    items,
-                    dataset,
-                    starts=word_starts(self.prepare.processing_class, head.vocab_size),
-                    bos=self.backbone.bos,
-                    max_length=self.rows.max_length,
-                    ridge=WHITENING_RIDGE,
-                )
+                with self._over(dataset, passes_of_auto(items, dataset), probe=2):
+                    scores, data_hash = score_auto(
+                        self.batcher,
+                        head,
+                        items,
+                        dataset,
+                        starts=word_starts(self.prepare.processing_class, head.vocab_size),
+                        bos=self.backbone.bos,
+                        max_length=self.rows.max_length,
+                        ridge=WHITENING_RIDGE,
+                    )
         scores.metadata |= {"made_of": {**self.made_of(), "data": data_hash}, "config": asdict(self.config)}
         return scores
 
@@ -239,16 +256,14 @@ class ForValueScorer:
         They sum to the row's score (with `normalize="none"`).
         """
         self._refuse_log_odds("token scores")
-        with left_as_found(self.backbone.model):
+        with left_as_found(self.backbone.model), self._passes(dataset, ROWS):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
 
             def score(batch: Labelled) -> list[Tensor]:
                 score_T, _ = self._score_tokens(head, direction, batch)
                 return list(score_T.double().cpu().split(batch.lengths))
 
-            results, reasons, _ = self.batcher.map(
-                dataset, score, "scoring tokens", positions=core.tile_for(head.weight.device)
-            )
+            results, reasons, _ = self.batcher.map(dataset, score, ROWS, positions=core.tile_for(head.weight.device))
         return [results.get(i, torch.zeros(0, dtype=torch.float64)) for i in range(len(reasons))]
 
     def pairwise(self, dataset: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Tensor:
@@ -271,12 +286,12 @@ class ForValueScorer:
             )
         if path is not None and not isinstance(dataset, Sized):
             raise ValueError("pairwise(path=...) writes a file of known size: give a data set with a length.")
-        with left_as_found(self.backbone.model):
+        with left_as_found(self.backbone.model), self._passes(dataset, PAIRS_WITH, PAIRS):
             head = self.backbone.head()
             self.direction()  # prepares and checks what follows, the metric included
             metric = self._metric()
             items = self._validation()
-            validation = concatenate(self.batcher.labelled(items, "validation", all_ranks=True, states=False))
+            validation = concatenate(self.batcher.labelled(items, PAIRS_WITH, all_ranks=True, states=False))
             metric_TD = None if metric is None else validation.hidden_TD.to(metric) @ metric
 
             def score(batch: Labelled) -> list[Tensor]:
@@ -300,7 +315,7 @@ class ForValueScorer:
                 assert isinstance(dataset, Sized)
                 open_memmap(path, "w+", np.float64, (len(dataset), self._n_validation))
             blocks, n = [torch.zeros(0, self._n_validation, dtype=torch.float64)], 0
-            for window, results in self.batcher.windows(dataset, score, "scoring pairs", positions=core.PAIR_TILE):
+            for window, results in self.batcher.windows(dataset, score, PAIRS, positions=core.PAIR_TILE):
                 block = torch.full((len(window), self._n_validation), torch.nan, dtype=torch.float64)
                 for i, row in results.items():
                     block[i - n, validation.index] = row
@@ -345,6 +360,24 @@ class ForValueScorer:
         """Hash of rows as the model sees them: what `metadata["made_of"]["data"]` is after scoring them."""
         return _digest("".join(item.hash() for item, _ in self.batcher.items(dataset)))
 
+    def _passes(self, dataset: Iterable[Mapping[str, Any]], *names: str) -> AbstractContextManager[None]:
+        """What is seen of passes along a direction: those that it takes and, over the rows, those of these names."""
+        items = self._validation()
+        tokens = float(np.mean([item.tokens for item in items]))
+        before = [VALIDATION] if self._direction is None else []
+        passes = [Pass(name, len(items), tokens) for name in (*before, *names[:-1])]
+        if self.config.vocab == "seen":
+            passes.append(Pass(LABELS, size(dataset), 0.0))
+        return self._over(dataset, [*passes, Pass(names[-1], size(dataset), tokens)])
+
+    def _over(
+        self, dataset: Iterable[Mapping[str, Any]], passes: Sequence[Pass], probe: int = 0
+    ) -> AbstractContextManager[None]:
+        n = size(dataset)
+        rows = "a stream of rows" if n is None else f"{n:,} rows"
+        title = f"For-Value ({self.config.direction}): scoring {rows} by {len(self._validation()):,} validation rows"
+        return self.batcher.progress.over(title, passes, probe=probe, wait=self.batcher.wait)
+
     def _refuse_log_odds(self, what: str) -> None:
         if self.config.gives_log_odds:
             raise ValueError(f"direction={self.config.direction!r} has one number per row: {what} need another.")
@@ -385,7 +418,8 @@ class ForValueScorer:
         head = self.backbone.head()
         if self.config.fits_head:
             # Every rank fits for itself: validation sets are small, and the same fit needs no exchange.
-            positions = concatenate(self.batcher.labelled(items, "validation", all_ranks=True, states=False))
+            positions = concatenate(self.batcher.labelled(items, VALIDATION, all_ranks=True, states=False))
+            self.batcher.progress.now("fitting the head")
             self.fit = fit_head(head, positions.hidden_TD, positions.labels_T, positions.rows_T)
             if self.fit.ridge == np.inf:
                 logger.warning("no move of the head predicts held-out validation rows better: use another direction")
@@ -397,7 +431,7 @@ class ForValueScorer:
             head.weight.shape[1], head.weight.shape[1], dtype=torch.float64, device=total_VD.device
         )
         n_rows = n_tokens = 0
-        batches = self.batcher.labelled(items, "validation direction", states=False)
+        batches = self.batcher.labelled(items, VALIDATION, states=False)
         for batch in joined(batches, core.tile_for(head.weight.device)):
             core.add_gradient(total_VD, head, batch.hidden_TD, batch.labels_T)
             n_rows += len(batch.index)
@@ -456,12 +490,15 @@ class ForValueScorer:
         if self.config.vocab == "full":
             return direction
         seen = torch.zeros(len(direction), dtype=torch.bool)
-        for item, reason in (*((item, None) for item in self._validation()), *self.batcher.items(dataset)):
-            if item.row is None:
-                raise ValueError("vocab='seen' needs rows of token ids, not rows that a collator makes batches of.")
-            if reason is None:
-                labels = item.row.labels[1:]
-                seen[labels[labels != -100]] = True
+        with self.batcher.progress.part(LABELS, size(dataset)):
+            for item, reason in (*((item, None) for item in self._validation()), *self.batcher.items(dataset)):
+                if item.row is None:
+                    raise ValueError(
+                        "vocab='seen' needs rows of token ids, not rows that a collator makes batches of."
+                    )
+                if reason is None:
+                    labels = item.row.labels[1:]
+                    seen[labels[labels != -100]] = True
         return direction * seen.to(direction.device)[:, None]
 
 
