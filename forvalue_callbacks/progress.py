@@ -61,22 +61,29 @@ class Progress:
 
     @contextmanager
     def over(
-        self, title: str, passes: Sequence[Pass], *, probe: int = 0, wait: Callable[[], None] | None = None
+        self,
+        title: str | None,
+        passes: Sequence[Pass],
+        *,
+        probe: int = 0,
+        wait: Callable[[], None] | None = None,
     ) -> Iterator[None]:
         """The work: all its passes, in the order in which they come. One that is left out is passed over.
 
         Args:
-            title: first half of the line before the work; the passes and the expected time follow.
+            title: first half of the line before the work; the passes and the expected time follow. None: no line, and
+                a bar where it takes more than a second.
             probe: the first pass whose pace is that of those that follow.
             wait: waits until the accelerator has done what it was told.
         """
         self._plan, self._at, self._title, self._probe, self._wait = list(passes), -1, title, probe, wait
-        self._announced = False
+        self._announced = title is None
         self._bar = tqdm(
             total=_sum(self._plan),
             unit="row",
             dynamic_ncols=True,
             mininterval=INTERVAL if sys.stderr.isatty() else INTERVAL_IN_FILES,
+            delay=1 if title is None else 0,
             disable=not self.bars,
         )
         try:
@@ -89,10 +96,8 @@ class Progress:
     def part(self, name: str, rows: int | None) -> Iterator[None]:
         """One pass, of so many rows; work of its own where none that it belongs to is under way."""
         if self._bar is None:
-            with self.over("", [Pass(name, rows)]):
-                self._announced = True
-                with self.part(name, rows):
-                    yield
+            with self.over(None, [Pass(name, rows)]), self.part(name, rows):
+                yield
             return
         places = [i for i, planned in enumerate(self._plan) if planned.name == name and i > self._at]
         if not places:
@@ -116,8 +121,10 @@ class Progress:
     def now(self, doing: str = "") -> None:
         """Shows what is being done in the pass that is under way."""
         if self._bar is not None:
-            number = f"{self._at + 1} of {len(self._plan)}: " if len(self._plan) > 1 else ""
-            self._bar.set_description(number + self._plan[self._at].name + (f", {doing}" if doing else ""))
+            several = len(self._plan) > 1
+            number = f"{self._at + 1} of {len(self._plan)}: " if several else ""
+            text = number + self._plan[self._at].name + (f", {doing}" if doing else "")
+            self._bar.set_description(text, refresh=several)
 
     def update(self, rows: int, tokens: int = 0) -> None:
         """So many rows more are done, in which the model has read so many tokens.
@@ -152,6 +159,19 @@ class Progress:
         names = ", ".join(planned.name for planned in self._plan)
         n = len(self._plan)
         self.say(f"{self._title}: {n} pass{'es' if n > 1 else ''} ({names}), {time_left}")
+
+
+@contextmanager
+def speaking(first_rank: bool) -> Iterator[None]:
+    """On all ranks but the first the log of this package holds errors alone."""
+    log = logging.getLogger(__package__)
+    level = log.level
+    if not first_rank:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def duration(seconds: float) -> str:

@@ -40,7 +40,7 @@ from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found, whole
 from .progress import Pass, Progress, size
 from .rows import RowConfig, RowPreparer
-from .scores import ForValueScores
+from .scores import ForValueScores, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -338,6 +338,8 @@ class ForValueScorer:
             if file is not None and all(of_all_ranks({world()[0]: file.is_file()}).values()):
                 self._direction = self._read_direction(file)
             else:
+                if file is not None and world()[0] == 0:
+                    make_folder(file.parent)
                 with left_as_found(self.backbone.model):
                     self._direction = self._fit()
                 if file is not None and world()[0] == 0:
@@ -358,7 +360,12 @@ class ForValueScorer:
 
     def hash_rows(self, dataset: Iterable[Mapping[str, Any]]) -> str:
         """Hash of rows as the model sees them: what `metadata["made_of"]["data"]` is after scoring them."""
-        return _digest("".join(item.hash() for item, _ in self.batcher.items(dataset)))
+        hashes = []
+        with self.batcher.progress.part("reading rows", size(dataset)):
+            for item, _ in self.batcher.items(dataset):
+                hashes.append(item.hash())
+                self.batcher.progress.update(1)
+        return _digest("".join(hashes))
 
     def _passes(self, dataset: Iterable[Mapping[str, Any]], *names: str) -> AbstractContextManager[None]:
         """What is seen of passes along a direction: those that it takes and, over the rows, those of these names."""
@@ -463,7 +470,6 @@ class ForValueScorer:
         if self._second_moment is not None:
             tensors["second_moment"] = self._second_moment
         fit = {} if self.fit is None else {"ridge": self.fit.ridge, "curve": list(self.fit.curve.items())}
-        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
         save_file(tensors, part, {"fit": json.dumps(fit)})
         part.replace(file)  # at once: another process never reads half of it

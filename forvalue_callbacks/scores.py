@@ -193,6 +193,24 @@ class ForValueScores:
         figure.savefig(path, dpi=120, format="png")
 
 
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """A folder that can be written to, made where there is none.
+
+    Raises:
+        ValueError: it cannot be, as a file tried out there shows.
+    """
+    trial = Path(folder) / f".forvalue.{os.getpid()}"
+    try:
+        trial.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"nothing can be written to the folder {folder} ({error.strerror}): choose another."
+        ) from error
+    return trial.parent
+
+
 def grouped_reasons(reasons: Iterable[str | None]) -> list[tuple[int, str]]:
     """How many rows have each reason, the most frequent first; None is no reason.
 
