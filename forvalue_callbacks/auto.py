@@ -21,7 +21,7 @@ from .calibration import USEFUL_AUC, fit_classifier, log_odds, shares
 from .corruption import KINDS, corrupted
 from .evidence import CANDIDATES, FOLDS, OVERFLOW, Evidence, Half, Match, Measured, answers_of
 from .labels import fit_labels
-from .progress import Pass, size
+from .progress import Pass, Plan, aside, size
 from .rows import IGNORED, Row
 from .scores import ForValueScores, auc
 
@@ -31,7 +31,7 @@ MIN_ROWS = 40
 # Answers repeat where so many held-out rows share theirs with another.
 REPEATED = 0.5
 # The passes by name.
-HALVES, VALIDATION, ROWS = ("first half of the validation rows", "second half"), "validation rows", "rows"
+HALVES, VALIDATION, ROWS = ("first half of the validation rows", "second half"), "validation rows", "rows to score"
 
 
 def share_repeated(items: Sequence[Item]) -> float:
@@ -43,20 +43,23 @@ def _share(answers: Sequence[bytes]) -> float:
     return sum(count for count in Counter(answers).values() if count > 1) / max(1, len(answers))
 
 
-def passes_of_labels(items: Sequence[Item], dataset: Iterable[Any]) -> list[Pass]:
+def plan_labels(items: Sequence[Item], dataset: Iterable[Any]) -> Plan:
     """The passes to come in `score_labels`."""
     tokens = float(np.mean([item.tokens for item in items]))
-    return [Pass(VALIDATION, len(items), tokens), Pass(ROWS, size(dataset), tokens)]
+    return Plan(
+        [Pass(VALIDATION, len(items), tokens), Pass(ROWS, size(dataset), tokens)], then="a label model is fitted"
+    )
 
 
-def passes_of_auto(items: Sequence[Item], dataset: Iterable[Any]) -> list[Pass]:
-    """The passes to come in `score_auto`; from the third on each measures what the rows' own passes do."""
+def plan_auto(items: Sequence[Item], dataset: Iterable[Any]) -> Plan:
+    """The passes to come in `score_auto`: after the halves each measures as much as those over the rows do."""
     n, tokens = len(items), float(np.mean([item.tokens for item in items]))
     answers = float(np.mean([item.n_labelled for item in items]))
-    out = [Pass(half, n // 2, tokens) for half in HALVES]
+    passes = [Pass(half, n // 2, tokens) for half in HALVES]
     for name, rows in ((VALIDATION, n), *((kind, n) for kind in KINDS), (ROWS, size(dataset))):
-        out += [Pass(name, rows, tokens), Pass(answers_of(name), rows, answers)]
-    return out
+        passes += [Pass(name, rows, tokens), Pass(answers_of(name), rows, answers)]
+    what = f"{VALIDATION}, {len(KINDS)} kinds of corrupted copies of them, {ROWS}; of each the answers alone too"
+    return Plan(passes, probe=len(HALVES), what=what)
 
 
 def score_labels(
@@ -111,7 +114,8 @@ def score_labels(
     ]
     if fit.flipped_auc < USEFUL_AUC:
         report[0] += ": do not filter by this"
-        logger.warning(report[0])
+        with aside():
+            logger.warning(report[0])
     noise = {
         "share": fit.noise_share,
         "held_out": {"flipped": {"auc": fit.flipped_auc}},
@@ -176,7 +180,8 @@ def score_auto(
                 changed[i] = row
         kept = np.array([i for i, row in enumerate(changed) if row is not None])
         if len(kept) < MIN_ROWS // 2:
-            logger.warning("too few held-out rows can be %s: this kind of noise is not looked for", kind)
+            with aside():
+                logger.warning("too few held-out rows can be %s: this kind of noise is not looked for", kind)
             continue
         measured, _, _ = evidence.measure([row for row in changed if row is not None], kind)
         copies[kind] = (measured, kept[measured.index])
@@ -240,7 +245,8 @@ def _scores(
     }
     for line in report:
         if "do not filter" in line:
-            logger.warning(line)
+            with aside():
+                logger.warning(line)
     return ForValueScores.of_scored(
         list(reasons), train.index, log_odds(log_p, share), train.log_likelihood, train.n_labelled, {"noise": noise}
     )

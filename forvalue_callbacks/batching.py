@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .core import working_dtype
 from .head import Backbone
 from .prefixes import pack, padded_tokens, shared_prefixes
-from .progress import Progress, size
+from .progress import Progress, aside, size
 from .rows import IGNORED, Row, RowPreparer, needs_collator
 
 logger = logging.getLogger(__name__)
@@ -315,7 +315,8 @@ class Batcher:
                     clear_device_cache(garbage_collection=True)
                     continue
                 self.max_tokens = max(1, min(tokens, self.max_tokens) // 2)
-                logger.warning("out of memory with %d tokens in a batch: going on with %d", tokens, self.max_tokens)
+                with aside():
+                    logger.warning("out of memory with %d tokens in a batch: now %d", tokens, self.max_tokens)
                 clear_device_cache(garbage_collection=True)
                 parts.insert(0, part)
                 continue

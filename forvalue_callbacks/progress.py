@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,23 @@ class Pass:
     tokens: float = 1.0
 
 
+@dataclass
+class Plan:
+    """Passes in the order in which they come. One that is left out is passed over.
+
+    Args:
+        passes: all of them.
+        probe: place of the first whose pace is that of those that follow.
+        what: the passes in words; empty: their names.
+        then: what comes after them and takes time too.
+    """
+
+    passes: list[Pass]
+    probe: int = 0
+    what: str = ""
+    then: str = ""
+
+
 class Progress:
     """Speaks to whoever runs the script; make it silent on all ranks but the first.
 
@@ -46,40 +63,34 @@ class Progress:
     def __init__(self, lines: bool = True, bars: bool = True):
         self.lines, self.bars = lines, bars
         self._bar: tqdm | None = None  # of the work that is under way, and its passes
-        self._plan: list[Pass] = []
+        self._plan = Plan([])
         self._at = -1  # place of the pass that is under way
 
     def say(self, text: str) -> None:
         """A line for people: to the log where somebody listens to it, else to stderr, beside the bars."""
         if not self.lines:
             return
-        with tqdm.external_write_mode(file=sys.stderr):  # no line in the middle of a bar
+        with aside():
             if _heard(logger):
                 logger.info(text)
             elif not _silenced():
                 print(text, file=sys.stderr, flush=True)
 
     @contextmanager
-    def over(
-        self,
-        title: str | None,
-        passes: Sequence[Pass],
-        *,
-        probe: int = 0,
-        wait: Callable[[], None] | None = None,
-    ) -> Iterator[None]:
-        """The work: all its passes, in the order in which they come. One that is left out is passed over.
+    def over(self, title: str | None, plan: Plan, wait: Callable[[], None] | None = None) -> Iterator[None]:
+        """The work: all its passes.
 
         Args:
             title: first half of the line before the work; the passes and the expected time follow. None: no line, and
                 a bar where it takes more than a second.
-            probe: the first pass whose pace is that of those that follow.
             wait: waits until the accelerator has done what it was told.
         """
-        self._plan, self._at, self._title, self._probe, self._wait = list(passes), -1, title, probe, wait
+        self._plan, self._at, self._title, self._wait = plan, -1, title, wait
         self._announced = title is None
+        self._shown = self._description(0)
         self._bar = tqdm(
-            total=_sum(self._plan),
+            desc=self._shown,
+            total=_sum(plan.passes),
             unit="row",
             dynamic_ncols=True,
             mininterval=INTERVAL if sys.stderr.isatty() else INTERVAL_IN_FILES,
@@ -90,41 +101,46 @@ class Progress:
             yield
         finally:
             self._bar.close()
-            self._plan, self._bar = [], None
+            self._bar = None
 
     @contextmanager
     def part(self, name: str, rows: int | None) -> Iterator[None]:
         """One pass, of so many rows; work of its own where none that it belongs to is under way."""
         if self._bar is None:
-            with self.over(None, [Pass(name, rows)]), self.part(name, rows):
+            with self.over(None, Plan([Pass(name, rows)])), self.part(name, rows):
                 yield
             return
-        places = [i for i, planned in enumerate(self._plan) if planned.name == name and i > self._at]
+        passes = self._plan.passes
+        places = [i for i, planned in enumerate(passes) if planned.name == name and i > self._at]
         if not places:
             places = [self._at + 1]
-            self._plan.insert(places[0], Pass(name, rows))
-        for left_out in self._plan[self._at + 1 : places[0]]:
+            passes.insert(places[0], Pass(name, rows))
+        for left_out in passes[self._at + 1 : places[0]]:
             left_out.rows = 0
         self._at = places[0]
-        here = self._plan[self._at]
-        here.rows = rows
+        passes[self._at].rows = rows
         self._done = self._probed = self._batches = 0
         self._started = time.perf_counter()
-        self._bar.total = _sum(self._plan)
+        self._bar.total = _sum(passes)
         self.now()
         yield
         if rows is not None:
             self.update(rows - self._done)
-        if self._at >= self._probe and not self._announced:
+        if self._at >= self._plan.probe and not self._announced:
             self._announce()
 
     def now(self, doing: str = "") -> None:
         """Shows what is being done in the pass that is under way."""
         if self._bar is not None:
-            several = len(self._plan) > 1
-            number = f"{self._at + 1} of {len(self._plan)}: " if several else ""
-            text = number + self._plan[self._at].name + (f", {doing}" if doing else "")
-            self._bar.set_description(text, refresh=several)
+            text = self._description(self._at, doing)
+            if text != self._shown:
+                self._bar.set_description_str(text, refresh=self._title is not None)
+            self._shown = text
+
+    def _description(self, at: int, doing: str = "") -> str:
+        passes = self._plan.passes
+        number = f"{at + 1} of {len(passes)}: " if len(passes) > 1 else ""
+        return number + passes[at].name + (f", {doing}" if doing else "")
 
     def update(self, rows: int, tokens: int = 0) -> None:
         """So many rows more are done, in which the model has read so many tokens.
@@ -133,32 +149,43 @@ class Progress:
         """
         if self._bar is None:
             return
-        here = self._plan[self._at]
+        here = self._plan.passes[self._at]
         rows = rows if here.rows is None else min(rows, here.rows - self._done)
         self._done += rows
         self._bar.update(rows)
-        if tokens and self._at >= self._probe and not self._announced:
+        if tokens and self._at >= self._plan.probe and not self._announced:
             self._probed += tokens
             self._batches += 1
-            if self._batches >= PROBE_BATCHES and time.perf_counter() - self._started >= PROBE_SECONDS:
+            if self._batches > PROBE_BATCHES and time.perf_counter() - self._started >= PROBE_SECONDS:
                 self._announce()
+            elif self._batches == 1:
+                self._first = time.perf_counter(), tokens
 
     def _announce(self) -> None:
         """The line before the work, once its pace is known."""
         self._announced = True
         if self._wait is not None:
             self._wait()
-        pace = (time.perf_counter() - self._started) / max(1, self._probed)
-        here, later = self._plan[self._at], self._plan[self._at + 1 :]
+        started, probed = self._started, self._probed
+        if self._batches > 1:  # the first is slower: something is set up
+            started, probed = self._first[0], probed - self._first[1]
+        pace = (time.perf_counter() - started) / max(1, probed)
+        passes = self._plan.passes
+        here, later = passes[self._at], passes[self._at + 1 :]
         if any(planned.rows is None for planned in (here, *later)):
-            time_left = f"{duration(pace * self._plan[-1].tokens * 1000)} for 1,000 rows"
+            time_left = f"{duration(pace * passes[-1].tokens * 1000)} for 1,000 rows"
         else:
             tokens = sum((planned.rows or 0) * planned.tokens for planned in later)
             tokens += max(0, (here.rows or 0) - self._done) * here.tokens
             time_left = duration(pace * tokens)
-        names = ", ".join(planned.name for planned in self._plan)
-        n = len(self._plan)
-        self.say(f"{self._title}: {n} pass{'es' if n > 1 else ''} ({names}), {time_left}")
+        what = self._plan.what or ", ".join(planned.name for planned in passes)
+        n, then = len(passes), f", then {self._plan.then}" if self._plan.then else ""
+        self.say(f"{self._title}: {n} pass{'es' if n > 1 else ''} ({what}), {time_left}{then}")
+
+
+def aside() -> AbstractContextManager[None]:
+    """Bars make way for a line while it is written: no line in the middle of a bar."""
+    return tqdm.external_write_mode(file=sys.stderr)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -27,8 +27,8 @@ from .auto import (
     REPEATED,
     ROWS,
     VALIDATION,
-    passes_of_auto,
-    passes_of_labels,
+    plan_auto,
+    plan_labels,
     score_auto,
     score_labels,
     share_repeated,
@@ -38,7 +38,7 @@ from .corruption import word_starts
 from .evidence import OVERFLOW
 from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found, whole
-from .progress import Pass, Progress, size
+from .progress import Pass, Plan, Progress, aside, size
 from .rows import RowConfig, RowPreparer
 from .scores import ForValueScores, make_folder
 
@@ -233,10 +233,10 @@ class ForValueScorer:
             self._check()
             head = self.backbone.head()
             if self.config.direction == "labels" or share_repeated(items) >= REPEATED:
-                with self._over(dataset, passes_of_labels(items, dataset)):
+                with self._over(dataset, plan_labels(items, dataset)):
                     scores, data_hash = score_labels(self.batcher, head, items, dataset)
             else:
-                with self._over(dataset, passes_of_auto(items, dataset), probe=2):
+                with self._over(dataset, plan_auto(items, dataset)):
                     scores, data_hash = score_auto(
                         self.batcher,
                         head,
@@ -375,15 +375,13 @@ class ForValueScorer:
         passes = [Pass(name, len(items), tokens) for name in (*before, *names[:-1])]
         if self.config.vocab == "seen":
             passes.append(Pass(LABELS, size(dataset), 0.0))
-        return self._over(dataset, [*passes, Pass(names[-1], size(dataset), tokens)])
+        return self._over(dataset, Plan([*passes, Pass(names[-1], size(dataset), tokens)]))
 
-    def _over(
-        self, dataset: Iterable[Mapping[str, Any]], passes: Sequence[Pass], probe: int = 0
-    ) -> AbstractContextManager[None]:
+    def _over(self, dataset: Iterable[Mapping[str, Any]], plan: Plan) -> AbstractContextManager[None]:
         n = size(dataset)
         rows = "a stream of rows" if n is None else f"{n:,} rows"
         title = f"For-Value ({self.config.direction}): scoring {rows} by {len(self._validation()):,} validation rows"
-        return self.batcher.progress.over(title, passes, probe=probe, wait=self.batcher.wait)
+        return self.batcher.progress.over(title, plan, self.batcher.wait)
 
     def _refuse_log_odds(self, what: str) -> None:
         if self.config.gives_log_odds:
@@ -429,7 +427,8 @@ class ForValueScorer:
             self.batcher.progress.now("fitting the head")
             self.fit = fit_head(head, positions.hidden_TD, positions.labels_T, positions.rows_T)
             if self.fit.ridge == np.inf:
-                logger.warning("no move of the head predicts held-out validation rows better: use another direction")
+                with aside():
+                    logger.warning("no move of the head predicts held-out validation rows better: choose another way")
             return self.fit.move_VD
         dtype = core.working_dtype(head.weight)
         total_VD = torch.zeros(head.weight.shape, dtype=dtype, device=head.weight.device)
