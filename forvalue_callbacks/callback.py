@@ -140,10 +140,11 @@ class ForValueCallback(TrainerCallback):
             data_collator=train_dataloader.collate_fn,
             progress=progress,
         )
+        again = self._began_again(args, scorer, dataset)
         if self._given:
             assert self.scores is not None
             refuse_other_rows(self.scores, scorer, dataset)
-        elif not self._began_again(args, scorer, dataset, progress):
+        elif not again:
             saved = _kept_scores(args, state, scorer, dataset, self.scores, progress)
             made_anew = saved is None
             self.scores = scorer.score(dataset) if saved is None else saved
@@ -151,12 +152,15 @@ class ForValueCallback(TrainerCallback):
         self._running = True
         if first:
             self.scores.save(file)  # before a policy can refuse them
-        _warn_of_unscored(self.scores)
         seconds = time.perf_counter() - started
         self.weights = apply_policy(self.policy, self.scores, dataset, groups)
         install_sampler(train_dataloader, self.weights, seed=args.seed if args.data_seed is None else args.data_seed)
         found = numbers(self.scores, self.weights, seconds)
         state.log_history.append({**found, "epoch": state.epoch or 0.0, "step": state.global_step})
+        if again:
+            progress.say("For-Value: the run begins again, with the scores made before its first step")
+            return
+        _warn_of_unscored(self.scores)
         if first:
             report(args, state.global_step, found)
         progress.say(lines(self.scores, self.weights, self.policy, seconds if made_anew else None, drawn=True))
@@ -172,14 +176,11 @@ class ForValueCallback(TrainerCallback):
                 )
         self._state = state
 
-    def _began_again(self, args: TrainingArguments, scorer: ForValueScorer, dataset: Any, progress: Progress) -> bool:
+    def _began_again(self, args: TrainingArguments, scorer: ForValueScorer, dataset: Any) -> bool:
         """Whether `auto_find_batch_size` has begun the run anew, with weights trained since: the scores hold."""
         if not (self._running and args.auto_find_batch_size) or self.scores is None:
             return False
-        if self.scores.metadata["made_of"]["data"] != scorer.hash_rows(dataset):
-            return False
-        progress.say("For-Value: the run begins again, with the scores made before its first step")
-        return True
+        return self._given or self.scores.metadata["made_of"]["data"] == scorer.hash_rows(dataset)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
