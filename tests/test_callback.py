@@ -62,7 +62,7 @@ class Record(TrainerCallback):
 
 
 def make_trainer(
-    tmp_path, callbacks=(), train=None, model=None, evaluation=None, kind=Trainer, arguments=None, **options
+    tmp_path, callbacks=(), train=None, model=None, evaluation=None, kind=Trainer, args=TrainingArguments, **options
 ):
     settings = {
         "output_dir": str(tmp_path),
@@ -84,7 +84,7 @@ def make_trainer(
 
     trainer = kind(
         build_model() if model is None else model,
-        args=(arguments or TrainingArguments)(**{**settings, **options}),
+        args=args(**{**settings, **options}),
         train_dataset=Dataset.from_list(rows_with_id()) if train is None else train,
         eval_dataset=evaluation,
         data_collator=collate_and_note,
@@ -538,13 +538,17 @@ def test_two_gloo_ranks_have_the_scores_of_one_and_never_draw_a_dropped_row(tmp_
     for world, batch in ((1, 8), (2, 4)):
         out = tmp_path / str(world)
         out.mkdir()
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=29517"]
-        subprocess.run(
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--standalone"]
+        run = subprocess.run(
             [*launch, str(script), str(Path(__file__).parent), str(out), str(batch), strategy],
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             timeout=240,
+            capture_output=True,
+            text=True,
         )
+        for once in ("For-Value (gradient): scoring", "For-Value: 24 rows scored"):  # the first rank alone speaks
+            assert (run.stdout + run.stderr).count(once) == 1
         results[world] = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
     (one,), two = results[1], results[2]
     scale = np.abs(one["scores"]).max()

@@ -221,7 +221,7 @@ OTHER_ROWS = {
 def test_trainers_whose_rows_are_no_labelled_answers(tmp_path, what, name):
     """Their arguments have these names, in frameworks with classes of their own around them too."""
     other = type("OwnArguments", (type(name, (TrainingArguments,), {}),), {})
-    trainer = make_trainer(tmp_path, [ForValueCallback(VALIDATION)], arguments=other)
+    trainer = make_trainer(tmp_path, [ForValueCallback(VALIDATION)], args=other)
     for go in (trainer.train, lambda: prefilter(trainer, VALIDATION)):
         with pytest.raises(ValueError, match=rf"a trainer with {name}.*{what}.*ForValueScorer\(model, validation\)"):
             go()
