@@ -84,6 +84,8 @@ class ForValueCallback(TrainerCallback):
         self._running = False
         self._control: TrainerControl | None = None
         self._state: TrainerState | None = None
+        if validation_dataset is None and not self._given:
+            raise TypeError("the validation_dataset is None: give clean rows of the kind to become good at")
         refuse_policy(self.policy, self._log_odds)
         self._living.add(self)
 

@@ -95,7 +95,7 @@ def test_one_bar_goes_over_all_passes_and_ends_full_though_one_is_left_out_and_r
         with progress.part("a", 6):  # one more than was planned
             progress.update(4)
             progress.update(4)  # two ranks count for each other, and the last batch has fewer
-        assert bar.n == 6
+            assert bar.n == 6
         with progress.part("b", 4):
             progress.update(1)  # the other rank had more
             progress.now("fitting")

@@ -55,6 +55,11 @@ def test_a_config_that_is_none(tmp_path, way):
     refused(tmp_path, lambda *args: way(Drop(0.2), "auto")(*args), r"type str.*ForValueConfig\(", TypeError)
 
 
+def test_no_validation_rows():
+    with pytest.raises(TypeError, match="validation_dataset is None: give clean rows"):
+        ForValueCallback(None)
+
+
 def test_a_policy_in_words_is_one(tmp_path):
     made = ForValueCallback(VALIDATION, "drop:0.25")
     make_trainer(tmp_path, [made], max_steps=1).train()
