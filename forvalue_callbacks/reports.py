@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +70,18 @@ def _to_tensorboard(args: Any, step: int, found: dict[str, float]) -> None:
     except ImportError:
         from tensorboardX import SummaryWriter  # type: ignore[no-redef]
 
-    # Folders of transformers' TensorBoardCallback, which has opened its file before the caller's callbacks are asked;
-    # `logging_dir` is that of transformers 4. A second file in its folder would end what TensorBoard reads of the
-    # first, so ours has a folder within, which is shown as part of that run.
+    # The folder of transformers' TensorBoardCallback, which has opened its file before the caller's callbacks are
+    # asked; `logging_dir` is that of transformers 4.
     folder = os.getenv("TENSORBOARD_LOGGING_DIR") or getattr(args, "logging_dir", None)
     folder = os.path.expanduser(folder or os.path.join(args.output_dir, "runs"))
-    others = [file for file in Path(folder).rglob("events.out.tfevents.*") if file.parent.name != "forvalue"]
-    if others:
-        folder = str(max(others, key=lambda file: file.stat().st_mtime).parent)
-    with SummaryWriter(log_dir=os.path.join(folder, "forvalue")) as writer:
-        for name, value in found.items():
-            writer.add_scalar(name, value, step)
+    files = list(Path(folder).rglob("events.out.tfevents.*"))
+    if files:
+        folder = str(max(files, key=lambda file: file.stat().st_mtime).parent)
+    # TensorBoard reads the files of a folder by name and may never come back to one: ours comes before the trainer's.
+    with tempfile.TemporaryDirectory() as made:
+        with SummaryWriter(log_dir=made) as writer:
+            for name, value in found.items():
+                writer.add_scalar(name, value, step)
+        os.makedirs(folder, exist_ok=True)
+        for file in Path(made).iterdir():
+            shutil.move(file, os.path.join(folder, file.name.replace("tfevents.", "tfevents.0", 1)))

@@ -237,16 +237,16 @@ def test_the_numbers_reach_tensorboard(tmp_path, named, monkeypatch):
         tmp_path, [ForValueCallback(VALIDATION, Drop(0.25))], report_to=["tensorboard"], max_steps=1
     )
     trainer.train()
-    files = sorted((tmp_path / ("elsewhere" if named else "runs")).rglob("events.out.tfevents.*"))
-    (ours,) = [file for file in files if file.parent.name == "forvalue"]
-    (theirs,) = [file for file in files if file != ours]
-    assert ours.parent.parent == theirs.parent
-    events = EventAccumulator(str(ours.parent)).Reload()
+    ours, theirs = sorted((tmp_path / ("elsewhere" if named else "runs")).rglob("events.out.tfevents.*"))
+    assert ours.parent == theirs.parent
     entry = next(e for e in trainer.state.log_history if "forvalue_kept" in e)
-    for name in ("forvalue_kept", "forvalue_dropped", "forvalue_draws_per_kept_row_mean"):
-        (event,) = events.Scalars(f"train/{name}")
-        assert (event.step, event.value) == (0, pytest.approx(entry[name]))
-    assert "train/loss" in EventAccumulator(str(theirs)).Reload().Tags()["scalars"]  # as without us
+    for read in (ours, ours.parent):  # the folder as TensorBoard reads it: file after file, never back
+        events = EventAccumulator(str(read)).Reload()
+        for name in ("forvalue_kept", "forvalue_dropped", "forvalue_draws_per_kept_row_mean"):
+            (event,) = events.Scalars(f"train/{name}")
+            assert (event.step, event.value) == (0, pytest.approx(entry[name]))
+    assert "train/loss" in events.Tags()["scalars"]  # as without us
+    assert "train/loss" in EventAccumulator(str(theirs)).Reload().Tags()["scalars"]
 
 
 def test_the_numbers_reach_a_run_of_wandb_where_the_trainer_reports_to_it(monkeypatch):
