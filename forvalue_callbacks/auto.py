@@ -19,8 +19,9 @@ from . import core
 from .batching import Batcher, Item, Labelled, answer_of, concatenate
 from .calibration import USEFUL_AUC, fit_classifier, log_odds, shares
 from .corruption import KINDS, corrupted
-from .evidence import CANDIDATES, FOLDS, OVERFLOW, Evidence, Half, Match, Measured
+from .evidence import CANDIDATES, FOLDS, OVERFLOW, Evidence, Half, Match, Measured, answers_of
 from .labels import fit_labels
+from .progress import Pass, Plan, aside, size
 from .rows import IGNORED, Row
 from .scores import ForValueScores, auc
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 MIN_ROWS = 40
 # Answers repeat where so many held-out rows share theirs with another.
 REPEATED = 0.5
+# The passes by name.
+HALVES, VALIDATION, ROWS = ("first half of the validation rows", "second half"), "validation rows", "rows to score"
 
 
 def share_repeated(items: Sequence[Item]) -> float:
@@ -38,6 +41,25 @@ def share_repeated(items: Sequence[Item]) -> float:
 
 def _share(answers: Sequence[bytes]) -> float:
     return sum(count for count in Counter(answers).values() if count > 1) / max(1, len(answers))
+
+
+def plan_labels(items: Sequence[Item], dataset: Iterable[Any]) -> Plan:
+    """The passes to come in `score_labels`."""
+    tokens = float(np.mean([item.tokens for item in items]))
+    return Plan(
+        [Pass(VALIDATION, len(items), tokens), Pass(ROWS, size(dataset), tokens)], then="a label model is fitted"
+    )
+
+
+def plan_auto(items: Sequence[Item], dataset: Iterable[Any]) -> Plan:
+    """The passes to come in `score_auto`: after the halves each measures as much as those over the rows do."""
+    n, tokens = len(items), float(np.mean([item.tokens for item in items]))
+    answers = float(np.mean([item.n_labelled for item in items]))
+    passes = [Pass(half, n // 2, tokens) for half in HALVES]
+    for name, rows in ((VALIDATION, n), *((kind, n) for kind in KINDS), (ROWS, size(dataset))):
+        passes += [Pass(name, rows, tokens), Pass(answers_of(name), rows, answers)]
+    what = f"{VALIDATION}, {len(KINDS)} kinds of corrupted copies of them, {ROWS}; of each the answers alone too"
+    return Plan(passes, probe=len(HALVES), what=what)
 
 
 def score_labels(
@@ -72,17 +94,18 @@ def score_labels(
         return kept, reasons, rows_hash
 
     held_out = [item.example if item.row is None else item.row for item in items]
-    known = list(readable(held_out, "validation rows")[0].values())
+    known = list(readable(held_out, VALIDATION)[0].values())
     if (repeated := _share([answer for _, answer, *_ in known])) < REPEATED:
         raise ValueError(
             f"direction='labels' is for answers that repeat, and {repeated:.0%} of the {len(known)} validation rows "
             "share theirs with another: use direction='auto'."
         )
-    train, reasons, data_hash = readable(dataset, "rows to score")
+    train, reasons, data_hash = readable(dataset, ROWS)
     index, rows = list(train), list(train.values())
     numbers = {answer: k for k, answer in enumerate(sorted({answer for _, answer, *_ in (*known, *rows)}))}
     features = [torch.stack([x for x, *_ in side]) for side in (known, rows)]
     answers = [np.array([numbers[answer] for _, answer, *_ in side]) for side in (known, rows)]
+    batcher.progress.now("fitting the label model")
     fit = fit_labels(features[0], answers[0], features[1], answers[1])
     report = [
         f"evidence    on your {len(known)} validation rows a wrong answer put in on purpose is told from the right "
@@ -91,7 +114,8 @@ def score_labels(
     ]
     if fit.flipped_auc < USEFUL_AUC:
         report[0] += ": do not filter by this"
-        logger.warning(report[0])
+        with aside():
+            logger.warning(report[0])
     noise = {
         "share": fit.noise_share,
         "held_out": {"flipped": {"auc": fit.flipped_auc}},
@@ -142,11 +166,11 @@ def score_auto(
     rng = np.random.default_rng(seed)
     places = [np.arange(h, len(held_out), 2) for h in (0, 1)]
     halves = []
-    for half in places:
-        batches = batcher.labelled([items[i] for i in half], "held-out rows", all_ranks=True)
+    for half, name in zip(places, HALVES, strict=True):
+        batches = batcher.labelled([items[i] for i in half], name, all_ranks=True)
         halves.append(Half.of(head, concatenate(batches), ridge))
     evidence = Evidence(batcher, head, held_out, halves, bos)
-    clean = evidence.project(evidence.measure(held_out, "held-out rows")[0])
+    clean = evidence.project(evidence.measure(held_out, VALIDATION)[0])
     copies = {}
     for kind in KINDS:
         changed: list[Row | None] = [None] * len(held_out)
@@ -156,11 +180,13 @@ def score_auto(
                 changed[i] = row
         kept = np.array([i for i, row in enumerate(changed) if row is not None])
         if len(kept) < MIN_ROWS // 2:
-            logger.warning("too few held-out rows can be %s: this kind of noise is not looked for", kind)
+            with aside():
+                logger.warning("too few held-out rows can be %s: this kind of noise is not looked for", kind)
             continue
         measured, _, _ = evidence.measure([row for row in changed if row is not None], kind)
         copies[kind] = (measured, kept[measured.index])
-    train, reasons, data_hash = evidence.measure(dataset, "scoring")
+    train, reasons, data_hash = evidence.measure(dataset, ROWS)
+    batcher.progress.now("weighing the evidence")
     return _scores(clean, copies, train, reasons, rng), data_hash
 
 
@@ -219,7 +245,8 @@ def _scores(
     }
     for line in report:
         if "do not filter" in line:
-            logger.warning(line)
+            with aside():
+                logger.warning(line)
     return ForValueScores.of_scored(
         list(reasons), train.index, log_odds(log_p, share), train.log_likelihood, train.n_labelled, {"noise": noise}
     )

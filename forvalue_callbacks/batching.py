@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -16,11 +17,11 @@ import xxhash
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .core import working_dtype
 from .head import Backbone
 from .prefixes import pack, padded_tokens, shared_prefixes
+from .progress import Progress, aside, size
 from .rows import IGNORED, Row, RowPreparer, needs_collator
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,13 @@ class Item:
     def prefix(self) -> bytes:
         """The tokens that it shares."""
         return b"" if self.row is None else self.row.input_ids[: self.n_shared].tobytes()
+
+    @property
+    def n_labelled(self) -> int:
+        """Labelled tokens."""
+        labels = self.collated if self.row is None else self.row.labels
+        assert labels is not None
+        return int((labels[1:] != IGNORED).sum())
 
     @cached_property
     def tokens(self) -> int:
@@ -137,7 +145,7 @@ class Batcher:
         prepare: a row in any form to token ids and labels.
         data_collator: makes the batches of rows that need more than token ids (images).
         max_tokens: padded tokens in one forward pass; None: by the device.
-        progress: show progress bars (on the first rank).
+        progress: shows how far it is.
     """
 
     def __init__(
@@ -146,13 +154,13 @@ class Batcher:
         prepare: RowPreparer,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         max_tokens: int | None = None,
-        progress: bool = True,
+        progress: Progress | None = None,
     ):
         self.backbone = backbone
         self.prepare = prepare
         self.data_collator = data_collator
         self.max_tokens = max_tokens or tokens_per_batch(backbone.device)
-        self.progress = progress
+        self.progress = progress or Progress(lines=False, bars=False)
 
     def items(self, dataset: Iterable[Mapping[str, Any] | Row]) -> Iterator[tuple[Item, str | None]]:
         """Every row of the data set as an item, with the reason where it cannot be scored; a `Row` stays as it is."""
@@ -228,12 +236,12 @@ class Batcher:
         *,
         all_ranks: bool = False,
         states: bool = True,
-        bar: Any = None,
         failed: dict[int, str] | None = None,
     ) -> Iterator[Labelled]:
         """Forward passes over this rank's share of the items.
 
         Args:
+            description: of a pass of its own; None: part of one that is under way.
             all_ranks: every rank runs over all the items.
             states: keep the states at all positions; without, tokens that rows share are run once.
             failed: takes in the rows too large for the memory.
@@ -244,15 +252,18 @@ class Batcher:
         n_forwards = [sum(1 + any(i.n_shared for i in batch) for batch in batches[r::n_ranks]) for r in range(n_ranks)]
         mine = batches[rank::n_ranks]
         padding = max(n_forwards) - n_forwards[rank]
-        own_bar = bar is None
-        bar = bar if bar is not None else self._bar(len(items), description)
-        for batch in mine:
-            yield from self._forward(batch, failed)
-            bar.update(min(len(batch) * n_ranks, bar.total - bar.n) if bar.total else len(batch) * n_ranks)
-        for _ in range(padding):
-            self.run([replace(batches[-1][0], n_shared=0)])
-        if own_bar:
-            bar.close()
+        with nullcontext() if description is None else self.progress.part(description, len(items)):
+            for batch in mine:
+                yield from self._forward(batch, failed)
+                self.progress.update(len(batch) * n_ranks, sum(item.tokens for item in batch) * n_ranks)
+            for _ in range(padding):
+                self.run([replace(batches[-1][0], n_shared=0)])
+
+    def wait(self) -> None:
+        """Until an accelerator has done what it was told."""
+        device = self.backbone.device
+        if device is not None and device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
     def run(self, items: Sequence[Item]) -> Labelled:
         """One forward pass over all the items at once."""
@@ -304,7 +315,8 @@ class Batcher:
                     clear_device_cache(garbage_collection=True)
                     continue
                 self.max_tokens = max(1, min(tokens, self.max_tokens) // 2)
-                logger.warning("out of memory with %d tokens in a batch: going on with %d", tokens, self.max_tokens)
+                with aside():
+                    logger.warning("out of memory with %d tokens in a batch: now %d", tokens, self.max_tokens)
                 clear_device_cache(garbage_collection=True)
                 parts.insert(0, part)
                 continue
@@ -348,18 +360,16 @@ class Batcher:
         Yields:
             the items with the reason of each that could not be scored, and the results of the others by index.
         """
-        bar = self._bar(len(dataset) if isinstance(dataset, Sized) else None, description)
-        for window in self._read(dataset):
-            results: dict[int, Any] = {}
-            failed: dict[int, str] = {}
-            items = [item for item, reason in window if reason is None]
-            bar.update(len(window) - len(items))
-            batches = self.labelled(items, None, states=positions == 0, bar=bar, failed=failed)
-            for batch in joined(batches, positions):
-                results.update(zip(batch.index, fn(batch), strict=True))
-            results, failed = of_all_ranks(results), of_all_ranks(failed)
-            yield [(item, failed.get(item.index, reason)) for item, reason in window], results
-        bar.close()
+        with self.progress.part(description, size(dataset)):
+            for window in self._read(dataset):
+                results: dict[int, Any] = {}
+                failed: dict[int, str] = {}
+                items = [item for item, reason in window if reason is None]
+                self.progress.update(len(window) - len(items))
+                for batch in joined(self.labelled(items, states=positions == 0, failed=failed), positions):
+                    results.update(zip(batch.index, fn(batch), strict=True))
+                results, failed = of_all_ranks(results), of_all_ranks(failed)
+                yield [(item, failed.get(item.index, reason)) for item, reason in window], results
 
     def _read(self, dataset: Iterable[Mapping[str, Any] | Row]) -> Iterator[list[tuple[Item, str | None]]]:
         """Windows of items; the next one is tokenised in a thread while the model runs over this one."""
@@ -373,10 +383,6 @@ class Batcher:
             while window := ahead.result():
                 ahead = reader.submit(lambda: list(islice(stream, WINDOW)))
                 yield window
-
-    def _bar(self, total: int | None, description: str | None) -> Any:
-        disable = None if self.progress and world()[0] == 0 else True
-        return tqdm(total=total, desc=description, unit="row", disable=disable)
 
 
 def labelled_positions(items: Sequence[Item], hidden_BLD: Tensor, labels_BL: Tensor) -> Labelled:

@@ -121,9 +121,7 @@ class Evidence:
         """
         first, reasons, data_hash = self.batcher.map(rows, self._whole_rows, description)
         index = sorted(first)
-        second, _, _ = self.batcher.map(
-            [first[i].alone for i in index], self._answers_alone, f"{description}, answers"
-        )
+        second, _, _ = self.batcher.map([first[i].alone for i in index], self._answers_alone, answers_of(description))
         for i in index:
             if not first[i].finite:
                 reasons[i] = f"non-finite score: {OVERFLOW}"
@@ -240,6 +238,11 @@ class _Answer:
     log_p: float
     fitted: np.ndarray
     answer_D: Tensor
+
+
+def answers_of(description: str) -> str:
+    """Name of the pass over the answers alone of the rows of another."""
+    return f"{description}, answers alone"
 
 
 def n_grams(tokens: np.ndarray) -> set[tuple[int, ...]]:

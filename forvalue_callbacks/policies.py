@@ -10,6 +10,7 @@ Policies are frozen dataclasses: equal by value, and `repr` and `str` both say e
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,11 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
+
+# Reweighting that leaves less than such a share of the rows as effective sample size is worth a warning.
+SMALL_SAMPLE = 0.2
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,11 @@ class Policy:
     @property
     def needs_log_odds(self) -> bool:
         """Whether the scores must be log odds that a row is clean, as `direction="auto"` and "labels" give."""
+        return False
+
+    @property
+    def reweights(self) -> bool:
+        """Whether rows that are kept have different weights."""
         return False
 
     def __call__(self, scores: np.ndarray, groups: Sequence[Any] | None = None) -> np.ndarray:
@@ -175,6 +186,10 @@ class Reweight(Policy):
         if not 0 < self.temperature < np.inf:
             raise ValueError(f"Reweight: temperature must be a finite number > 0, not {self.temperature}")
 
+    @property
+    def reweights(self) -> bool:
+        return True
+
     def _weights(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         deviation = scores - _group_mean(scores, groups)
         spread = np.sqrt(_group_mean(deviation**2, groups))
@@ -182,7 +197,15 @@ class Reweight(Policy):
         best = np.full(groups.max() + 1, -np.inf)
         np.maximum.at(best, groups, z)
         unscaled = np.exp((z - best[groups]) / self.temperature)  # the best cancels; without it exp could overflow
-        return unscaled / _group_mean(unscaled, groups)
+        weights = unscaled / _group_mean(unscaled, groups)
+        if (size := effective_sample_size(weights)) < SMALL_SAMPLE * len(weights):
+            logger.warning(
+                "%s draws so few of %d rows so often that they are worth %.0f drawn alike: raise the temperature",
+                self,
+                len(weights),
+                size,
+            )
+        return weights
 
 
 @dataclass(frozen=True)
@@ -209,6 +232,10 @@ class Chain(Policy):
     def needs_log_odds(self) -> bool:
         return any(policy.needs_log_odds for policy in self.policies)
 
+    @property
+    def reweights(self) -> bool:
+        return any(policy.reweights for policy in self.policies)
+
     def __call__(self, scores: np.ndarray, groups: Sequence[Any] | None = None) -> np.ndarray:
         scores = np.asarray(scores, dtype=np.float64)
         weights = np.ones(len(scores))
@@ -218,6 +245,23 @@ class Chain(Policy):
 
     def __str__(self) -> str:
         return "+".join(map(str, self.policies))
+
+
+def as_policy(policy: Policy | str | None) -> Policy:
+    """A policy as callers give it: one, the text of one, or None for `Drop(0.2)`.
+
+    Raises:
+        TypeError: anything else, with what to write.
+        ValueError: text that names no policy.
+    """
+    if policy is None:
+        return Drop(0.2)
+    if isinstance(policy, str):
+        return parse_policy(policy)
+    if not isinstance(policy, Policy):
+        given = f"the class {policy.__name__}" if isinstance(policy, type) else f"of type {type(policy).__name__}"
+        raise TypeError(f"the policy is {given}: give one like Drop(0.2), Drop('auto') or Reweight(), or 'drop:0.2'")
+    return policy
 
 
 def parse_policy(text: str) -> Policy:

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data import IterableDataset, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
 
 # Weights are kept as integers up to this, so that sums over any order of any number of rows are exact.
 WEIGHT_UNITS = 2**32
 # The one random number of an epoch is an odd multiple of 2^-25: never within rounding of a whole number of draws.
 OFFSET_GRID = 2**24
+
+# Samplers whose order means nothing; accelerate's SeedableRandomSampler is a RandomSampler.
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 INSTEAD = "Score before training instead: prefilter(trainer), or dataset.map(ForValueTransform(...)) and a filter."
 
@@ -27,9 +30,10 @@ class ResamplingSampler(Sampler[int]):
     and read off at N points, one apart, from one random offset. So each row is drawn floor or ceil of its expectation,
     rows of weight 0 never, N rows in all; with equal weights the epoch is exactly that of the wrapped sampler.
 
-    A drawn row appears first at its own place in the wrapped order. Its copies go to the places of the rows not drawn,
-    spread around the epoch so that they do not share a batch. Where the wrapped sampler groups by length (it has
-    `lengths`), they follow the row directly and later rows move up or down, so that lengths stay grouped.
+    After a random sampler a drawn row appears first at its own place in the wrapped order, and its copies go to the
+    places of the rows not drawn, spread around the epoch so that they do not share a batch. Any other order has a
+    meaning (a curriculum, groups of one length): there the copies follow the row directly and later rows move up or
+    down, so that the order stays what it is.
 
     The offset depends on (seed, epoch) alone: every rank and every resumed run draws the same rows.
 
@@ -80,7 +84,7 @@ class ResamplingSampler(Sampler[int]):
 
     def _arrange(self, order: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """The rows of the epoch, (N,), each of them as often as drawn."""
-        if hasattr(self.sampler, "lengths"):
+        if not isinstance(self.sampler, RANDOM):
             return np.repeat(order, draws)
         n = len(order)
         place = np.repeat(np.arange(n), draws)
@@ -93,17 +97,15 @@ class ResamplingSampler(Sampler[int]):
         return rows
 
 
-def install_sampler(dataloader: Any, weights: np.ndarray, seed: int) -> ResamplingSampler:
-    """Makes a data loader draw its rows by weight, in place; of an earlier installation only the new weights remain.
+def find_sampler(dataloader: Any, n: int) -> tuple[Sampler[int], list[Any]]:
+    """The sampler that draws the rows of a data loader, and the batch samplers that hold it; changes nothing.
 
     Follows `dataloader.batch_sampler`, through the `batch_sampler` of accelerate's `BatchSamplerShard`, to the
-    innermost batch sampler and wraps its `sampler`. The shards on the way get it as `sampler` too: that is where
-    accelerate's data loaders look when they pass on `set_epoch`, also after `skip_first_batches`.
+    innermost batch sampler. Where a `ResamplingSampler` is installed there, the sampler is the one that it wraps.
 
     Args:
         dataloader: a torch `DataLoader`, prepared by accelerate or not.
-        weights: (N,), one per row of the data set that it loads.
-        seed: the same on every rank.
+        n: how many rows it must draw.
 
     Raises:
         ValueError: streaming data, a loader without a batch sampler or whose batch sampler makes whole batches itself,
@@ -123,11 +125,30 @@ def install_sampler(dataloader: Any, weights: np.ndarray, seed: int) -> Resampli
         raise ValueError(f"{type(chain[-1]).__name__} makes whole batches, without a sampler of rows. {INSTEAD}")
     if isinstance(sampler, ResamplingSampler):
         sampler = sampler.sampler
-    if len(sampler) != len(weights):
+    if not hasattr(sampler, "__len__") or len(sampler) != n:
+        draws = f"{len(sampler)} rows" if hasattr(sampler, "__len__") else "nobody knows how many rows"
         raise ValueError(
-            f"{type(sampler).__name__} draws {len(sampler)} rows per epoch and there are {len(weights)} weights: only "
-            f"a sampler that draws each row once can be reweighted. {INSTEAD}"
+            f"{type(sampler).__name__} draws {draws} per epoch and there are {n} to weight: only a sampler that draws "
+            f"each row once can be reweighted. {INSTEAD}"
         )
+    return sampler, chain
+
+
+def install_sampler(dataloader: Any, weights: np.ndarray, seed: int) -> ResamplingSampler:
+    """Makes a data loader draw its rows by weight, in place; of an earlier installation only the new weights remain.
+
+    Wraps the sampler that `find_sampler` finds. The shards on the way to it get it as `sampler` too: that is where
+    accelerate's data loaders look when they pass on `set_epoch`, also after `skip_first_batches`.
+
+    Args:
+        dataloader: a torch `DataLoader`, prepared by accelerate or not.
+        weights: (N,), one per row of the data set that it loads.
+        seed: the same on every rank.
+
+    Raises:
+        ValueError: what `find_sampler` refuses.
+    """
+    sampler, chain = find_sampler(dataloader, len(weights))
     resampling = ResamplingSampler(sampler, weights, seed)
     for level in chain:
         level.sampler = resampling

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,15 +21,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import core
-from .auto import REPEATED, score_auto, score_labels, share_repeated
+from .auto import (
+    REPEATED,
+    ROWS,
+    VALIDATION,
+    plan_auto,
+    plan_labels,
+    score_auto,
+    score_labels,
+    share_repeated,
+)
 from .batching import Batcher, Item, Labelled, concatenate, joined, of_all_ranks, world
 from .corruption import word_starts
 from .evidence import OVERFLOW
 from .fingerprint import digest, hash_weights
 from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found
+from .progress import Pass, Plan, Progress, aside, size
 from .rows import RowConfig, RowPreparer
-from .scores import ForValueScores
+from .scores import ForValueScores, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +47,8 @@ logger = logging.getLogger(__name__)
 WHITENING_RIDGE = 0.01
 # A row to check a model on should have so many tokens that it can be seen whether they change what came before them.
 ENOUGH_TOKENS = 16
+# The passes that are not in `auto.py`, by name.
+LABELS, PAIRS_WITH, PAIRS = "labels of all rows", "validation rows, for pairs", "pairs"
 
 
 @dataclass
@@ -131,7 +144,7 @@ class ForValueScorer:
         data_collator: makes model inputs of rows that need more than token ids (images), and labels of rows that
             come with `input_ids` only.
         rows: how rows are prepared, as in `SFTConfig` (`max_length`, `completion_only_loss`, ...).
-        progress: show progress bars (on the first rank).
+        progress: say how long it will take and show a bar (on the first rank), or a `Progress` that does.
 
     The direction is computed once, at first use (and kept for other processes in `config.direction_cache`): make a
     new scorer for a model that has been trained since.
@@ -149,9 +162,11 @@ class ForValueScorer:
         processing_class: Any = None,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         rows: RowConfig | None = None,
-        progress: bool = True,
+        progress: bool | Progress = True,
     ):
         self.config = config or ForValueConfig()
+        if not isinstance(progress, Progress):
+            progress = Progress(*[progress and world()[0] == 0] * 2)
         self.backbone = Backbone(model, self.config.forward_dtype)
         self.validation_dataset = validation_dataset
         self.rows = rows or RowConfig()
@@ -184,7 +199,7 @@ class ForValueScorer:
             return self._score_log_odds(dataset)
         dataset, made_of = self._readable_twice(dataset), self.made_of()  # refuses weights that nobody can read
         self._check()
-        with left_as_found(self.backbone.model):
+        with left_as_found(self.backbone.model), self._passes(dataset, ROWS):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
             metric = self._metric()
 
@@ -202,7 +217,7 @@ class ForValueScorer:
                 return list(zip(values.tolist(), log_p.tolist(), batch.lengths, strict=True))
 
             results, reasons, data_hash = self.batcher.map(
-                dataset, score, "scoring", positions=core.tile_for(head.weight.device)
+                dataset, score, ROWS, positions=core.tile_for(head.weight.device)
             )
         values = np.full(len(reasons), np.nan)
         log_likelihood = np.full(len(reasons), np.nan)
@@ -222,18 +237,20 @@ class ForValueScorer:
         with left_as_found(self.backbone.model):
             head = self.backbone.head()
             if self.config.direction == "labels" or share_repeated(items) >= REPEATED:
-                scores, data_hash = score_labels(self.batcher, head, items, dataset)
+                with self._over(dataset, plan_labels(items, dataset)):
+                    scores, data_hash = score_labels(self.batcher, head, items, dataset)
             else:
-                scores, data_hash = score_auto(
-                    self.batcher,
-                    head,
-                    items,
-                    dataset,
-                    starts=word_starts(self.prepare.processing_class, head.vocab_size),
-                    bos=self.backbone.bos,
-                    max_length=self.rows.max_length,
-                    ridge=WHITENING_RIDGE,
-                )
+                with self._over(dataset, plan_auto(items, dataset)):
+                    scores, data_hash = score_auto(
+                        self.batcher,
+                        head,
+                        items,
+                        dataset,
+                        starts=word_starts(self.prepare.processing_class, head.vocab_size),
+                        bos=self.backbone.bos,
+                        max_length=self.rows.max_length,
+                        ridge=WHITENING_RIDGE,
+                    )
         scores.metadata |= {"made_of": {**made_of, "data": data_hash}, "config": asdict(self.config)}
         return scores
 
@@ -245,16 +262,14 @@ class ForValueScorer:
         self._refuse_log_odds("token scores")
         dataset = self._readable_twice(dataset)
         self._check()
-        with left_as_found(self.backbone.model):
+        with left_as_found(self.backbone.model), self._passes(dataset, ROWS):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
 
             def score(batch: Labelled) -> list[Tensor]:
                 score_T, _ = self._score_tokens(head, direction, batch)
                 return list(score_T.double().cpu().split(batch.lengths))
 
-            results, reasons, _ = self.batcher.map(
-                dataset, score, "scoring tokens", positions=core.tile_for(head.weight.device)
-            )
+            results, reasons, _ = self.batcher.map(dataset, score, ROWS, positions=core.tile_for(head.weight.device))
         return [results.get(i, torch.zeros(0, dtype=torch.float64)) for i in range(len(reasons))]
 
     def pairwise(self, dataset: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Tensor:
@@ -278,12 +293,12 @@ class ForValueScorer:
         if path is not None and not isinstance(dataset, Sized):
             raise ValueError("pairwise(path=...) writes a file of known size: give a data set with a length.")
         self._check()
-        with left_as_found(self.backbone.model):
+        with left_as_found(self.backbone.model), self._passes(dataset, PAIRS_WITH, PAIRS):
             head = self.backbone.head()
             self.direction()  # prepares what follows, the metric included
             metric = self._metric()
             items = self._validation()
-            validation = concatenate(self.batcher.labelled(items, "validation", all_ranks=True, states=False))
+            validation = concatenate(self.batcher.labelled(items, PAIRS_WITH, all_ranks=True, states=False))
             metric_TD = None if metric is None else validation.hidden_TD.to(metric) @ metric
 
             def score(batch: Labelled) -> list[Tensor]:
@@ -307,7 +322,7 @@ class ForValueScorer:
                 assert isinstance(dataset, Sized)
                 open_memmap(path, "w+", np.float64, (len(dataset), self._n_validation))
             blocks, n = [torch.zeros(0, self._n_validation, dtype=torch.float64)], 0
-            for window, results in self.batcher.windows(dataset, score, "scoring pairs", positions=core.PAIR_TILE):
+            for window, results in self.batcher.windows(dataset, score, PAIRS, positions=core.PAIR_TILE):
                 block = torch.full((len(window), self._n_validation), torch.nan, dtype=torch.float64)
                 for i, row in results.items():
                     block[i - n, validation.index] = row
@@ -331,6 +346,8 @@ class ForValueScorer:
             if file is not None and all(of_all_ranks({world()[0]: file.is_file()}).values()):
                 self._direction = self._read_direction(file)
             else:
+                if file is not None and world()[0] == 0:
+                    make_folder(file.parent)
                 with left_as_found(self.backbone.model):
                     self._direction = self._fit()
                 if file is not None and world()[0] == 0:
@@ -351,7 +368,28 @@ class ForValueScorer:
 
     def hash_rows(self, dataset: Iterable[Mapping[str, Any]]) -> str:
         """Hash of rows as the model sees them: what `metadata["made_of"]["data"]` is after scoring them."""
-        return digest("".join(item.hash() for item, _ in self.batcher.items(dataset)))
+        hashes = []
+        with self.batcher.progress.part("reading rows", size(dataset)):
+            for item, _ in self.batcher.items(dataset):
+                hashes.append(item.hash())
+                self.batcher.progress.update(1)
+        return digest("".join(hashes))
+
+    def _passes(self, dataset: Iterable[Mapping[str, Any]], *names: str) -> AbstractContextManager[None]:
+        """What is seen of passes along a direction: those that it takes and, over the rows, those of these names."""
+        items = self._validation()
+        tokens = float(np.mean([item.tokens for item in items]))
+        before = [VALIDATION] if self._direction is None else []
+        passes = [Pass(name, len(items), tokens) for name in (*before, *names[:-1])]
+        if self.config.vocab == "seen":
+            passes.append(Pass(LABELS, size(dataset), 0.0))
+        return self._over(dataset, Plan([*passes, Pass(names[-1], size(dataset), tokens)]))
+
+    def _over(self, dataset: Iterable[Mapping[str, Any]], plan: Plan) -> AbstractContextManager[None]:
+        n = size(dataset)
+        rows = "a stream of rows" if n is None else f"{n:,} rows"
+        title = f"For-Value ({self.config.direction}): scoring {rows} by {len(self._validation()):,} validation rows"
+        return self.batcher.progress.over(title, plan, self.batcher.wait)
 
     def _refuse_log_odds(self, what: str) -> None:
         if self.config.gives_log_odds:
@@ -395,10 +433,12 @@ class ForValueScorer:
         head = self.backbone.head()
         if self.config.fits_head:
             # Every rank fits for itself: validation sets are small, and the same fit needs no exchange.
-            positions = concatenate(self.batcher.labelled(items, "validation", all_ranks=True, states=False))
+            positions = concatenate(self.batcher.labelled(items, VALIDATION, all_ranks=True, states=False))
+            self.batcher.progress.now("fitting the head")
             self.fit = fit_head(head, positions.hidden_TD, positions.labels_T, positions.rows_T)
             if self.fit.ridge == np.inf:
-                logger.warning("no move of the head predicts held-out validation rows better: use another direction")
+                with aside():
+                    logger.warning("no move of the head predicts held-out validation rows better: choose another way")
             return self.fit.move_VD
         dtype = core.working_dtype(head.weight)
         total_VD = torch.zeros(head.weight.shape, dtype=dtype, device=head.weight.device)
@@ -407,7 +447,7 @@ class ForValueScorer:
             head.weight.shape[1], head.weight.shape[1], dtype=torch.float64, device=total_VD.device
         )
         n_rows = n_tokens = 0
-        batches = self.batcher.labelled(items, "validation direction", states=False)
+        batches = self.batcher.labelled(items, VALIDATION, states=False)
         for batch in joined(batches, core.tile_for(head.weight.device)):
             core.add_gradient(total_VD, head, batch.hidden_TD, batch.labels_T)
             n_rows += len(batch.index)
@@ -439,7 +479,6 @@ class ForValueScorer:
         if self._second_moment is not None:
             tensors["second_moment"] = self._second_moment
         fit = {} if self.fit is None else {"ridge": self.fit.ridge, "curve": list(self.fit.curve.items())}
-        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
         save_file(tensors, part, {"fit": json.dumps(fit)})
         part.replace(file)  # at once: another process never reads half of it
@@ -470,10 +509,13 @@ class ForValueScorer:
         if self.config.vocab == "full":
             return direction
         seen = torch.zeros(len(direction), dtype=torch.bool)
-        for item, reason in (*((item, None) for item in self._validation()), *self.batcher.items(dataset)):
-            if item.row is None:
-                raise ValueError("vocab='seen' needs rows of token ids, not rows that a collator makes batches of.")
-            if reason is None:
-                labels = item.row.labels[1:]
-                seen[labels[labels != -100]] = True
+        with self.batcher.progress.part(LABELS, size(dataset)):
+            for item, reason in (*((item, None) for item in self._validation()), *self.batcher.items(dataset)):
+                if item.row is None:
+                    raise ValueError(
+                        "vocab='seen' needs rows of token ids, not rows that a collator makes batches of."
+                    )
+                if reason is None:
+                    labels = item.row.labels[1:]
+                    seen[labels[labels != -100]] = True
         return direction * seen.to(direction.device)[:, None]

@@ -1,7 +1,10 @@
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +26,12 @@ from forvalue_callbacks import (
     ForValueScores,
     Keep,
     Reweight,
+    Threshold,
     prefilter,
 )
 from forvalue_callbacks.callback import SCORES_FILE, apply_policy
+from forvalue_callbacks.policies import Policy
+from forvalue_callbacks.reports import numbers, report
 from forvalue_callbacks.tiny import instructions
 
 TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
@@ -56,7 +62,9 @@ class Record(TrainerCallback):
         self.rates.append(lr_scheduler.get_last_lr()[0])
 
 
-def make_trainer(tmp_path, callbacks=(), train=None, model=None, record=None, **options):
+def make_trainer(
+    tmp_path, callbacks=(), train=None, model=None, evaluation=None, kind=Trainer, args=TrainingArguments, **options
+):
     settings = {
         "output_dir": str(tmp_path),
         "use_cpu": True,
@@ -75,10 +83,11 @@ def make_trainer(tmp_path, callbacks=(), train=None, model=None, record=None, **
         seen.append([row["input_ids"][0] - 3 for row in rows])
         return collate(rows)
 
-    trainer = Trainer(
+    trainer = kind(
         build_model() if model is None else model,
-        args=TrainingArguments(**{**settings, **options}),
+        args=args(**{**settings, **options}),
         train_dataset=Dataset.from_list(rows_with_id()) if train is None else train,
+        eval_dataset=evaluation,
         data_collator=collate_and_note,
         callbacks=list(callbacks),
     )
@@ -149,6 +158,123 @@ def test_scores_are_those_of_the_scorer_and_the_log_says_what_was_done(tmp_path)
     assert np.corrcoef(counts, callback.weights)[0, 1] > 0.8
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """Nobody has configured logging, as in a plain script."""
+    log = logging.getLogger("forvalue_callbacks")
+    monkeypatch.setattr(log, "propagate", False)
+    monkeypatch.setattr(log, "handlers", [])
+
+
+def test_a_plain_script_is_told_before_during_and_after_the_work_once(tmp_path, capfd, plain):
+    callback = ForValueCallback(VALIDATION, Drop(0.25))
+    make_trainer(tmp_path, [callback], disable_tqdm=False, max_steps=1).train()
+    said = capfd.readouterr().err
+    before = "For-Value (gradient): scoring 24 rows by 6 validation rows: 2 passes (validation rows, rows to score), "
+    after = ["For-Value: 24 rows scored in ", "score       min ", "policy      drop:0.25 keeps 18 rows and drops 6"]
+    after.append("draws       a kept row is drawn 1.33 times an epoch; effective sample size 18")
+    places = [said.index(text) for text in (before, "2 of 2: rows to score: 100%", *after)]
+    assert places == sorted(places)
+    assert all(said.count(text) == 1 for text in (before, *after))
+
+
+def test_bars_are_those_of_the_trainer_and_verbose_turns_all_of_it_off(tmp_path, capfd, plain):
+    make_trainer(tmp_path / "a", [ForValueCallback(VALIDATION)], disable_tqdm=True, max_steps=1).train()
+    said = capfd.readouterr().err
+    assert "For-Value: 24 rows scored" in said
+    assert "row/s]" not in said
+    options = {"disable_tqdm": False, "max_steps": 1}
+    make_trainer(tmp_path / "b", [ForValueCallback(VALIDATION, verbose=False)], **options).train()
+    trainer = make_trainer(tmp_path / "c", disable_tqdm=False)
+    prefilter(trainer, VALIDATION, verbose=False)
+    said = capfd.readouterr()
+    assert "row/s]" not in said.err
+    assert "For-Value" not in said.err + said.out
+    prefilter(trainer, VALIDATION, "keep:16")
+    said = capfd.readouterr().err
+    assert "policy      keep:16 keeps 16 rows and drops 3" in said
+    assert "2 of 2: rows to score: 100%" in said
+
+
+class Passes:
+    """Forward passes of a model."""
+
+    def __init__(self, model):
+        self.n = 0
+        model.base_model.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.n += 1
+
+
+def test_nothing_of_ours_is_in_the_dictionaries_of_others(tmp_path):
+    """A search over hyperparameters sums up the metrics of an evaluation."""
+    logged = []
+
+    class Look(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(set(logs))
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            logged.append(set(metrics))
+
+    callbacks = [Look(), ForValueCallback(VALIDATION), Look()]
+    evaluation = Dataset.from_list(rows_with_id()[:4])
+    trainer = make_trainer(tmp_path, callbacks, evaluation=evaluation, eval_strategy="epoch", num_train_epochs=1)
+    trainer.train()
+    assert logged
+    assert not any(name.startswith("forvalue") for names in logged for name in names)
+    assert json.loads(json.dumps(trainer.state.log_history)) == trainer.state.log_history
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_numbers_reach_tensorboard(tmp_path, named, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if named:
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    trainer = make_trainer(
+        tmp_path, [ForValueCallback(VALIDATION, Drop(0.25))], report_to=["tensorboard"], max_steps=1
+    )
+    trainer.train()
+    ours, theirs = sorted((tmp_path / ("elsewhere" if named else "runs")).rglob("events.out.tfevents.*"))
+    assert ours.parent == theirs.parent
+    entry = next(e for e in trainer.state.log_history if "forvalue_kept" in e)
+    for read in (ours, ours.parent):  # the folder as TensorBoard reads it: file after file, never back
+        events = EventAccumulator(str(read)).Reload()
+        for name in ("forvalue_kept", "forvalue_dropped", "forvalue_draws_per_kept_row_mean"):
+            (event,) = events.Scalars(f"train/{name}")
+            assert (event.step, event.value) == (0, pytest.approx(entry[name]))
+    assert "train/loss" in events.Tags()["scalars"]  # as without us
+    assert "train/loss" in EventAccumulator(str(theirs)).Reload().Tags()["scalars"]
+
+
+def test_the_numbers_reach_a_run_of_wandb_where_the_trainer_reports_to_it(monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(log=logged.append)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=run))
+    report(types.SimpleNamespace(report_to=["wandb"]), 7, {"forvalue_kept": 3})
+    assert logged == [{"train/forvalue_kept": 3, "train/global_step": 7}]
+    report(types.SimpleNamespace(report_to=[]), 7, {"forvalue_kept": 3})
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=None))
+    report(types.SimpleNamespace(report_to=["wandb"]), 7, {"forvalue_kept": 3})
+    assert len(logged) == 1
+
+
+def test_shares_and_evidence_are_among_the_numbers():
+    scores = ForValueScores([1.0, -2.0], [None, None], [-1.0, -1.0], [2, 2])
+    scores.metadata["noise"] = {
+        "share": 0.4,
+        "shares": {"swapped": 0.3, "words deleted": 0.1},
+        "held_out": {"swapped": {"auc": 0.9}, "words deleted": {"auc": 0.7}},
+    }
+    found = numbers(scores, np.array([1.0, 0.0]), 1.0)
+    assert found["forvalue_noise_share"] == 0.4
+    assert found["forvalue_share_words_deleted"] == 0.1
+    assert found["forvalue_auc_swapped"] == 0.9
+
+
 def test_the_model_is_left_exactly_as_found(tmp_path):
     model = build_model()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -196,6 +322,82 @@ def test_scores_of_other_data_are_not_reused(tmp_path):
     make_trainer(tmp_path, [other]).train()
     want = ForValueScorer(build_model(), build_rows(6, seed=3), progress=False).score(rows_with_id())
     assert relative(other.scores.values, want.values) < 1e-5
+
+
+class SmallMemory(Trainer):
+    """Runs out of memory in the third step while the batch is larger than 4."""
+
+    def compute_loss(self, model, inputs, *args, **options):
+        if len(inputs["input_ids"]) > 4 and self.state.global_step >= 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().compute_loss(model, inputs, *args, **options)
+
+
+def test_a_run_that_begins_again_with_smaller_batches_keeps_its_scores_and_says_so(tmp_path, capfd, plain):
+    callback = ForValueCallback(VALIDATION, Drop(0.25))
+    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 8, "num_train_epochs": 1}
+    trainer = make_trainer(tmp_path, [callback], kind=SmallMemory, **options)
+    trainer.train()
+    want = ForValueScorer(build_model(), VALIDATION, progress=False).score(rows_with_id())
+    assert trainer.state.train_batch_size < 8
+    assert np.array_equal(callback.scores.values, want.values)
+    said = capfd.readouterr().err
+    assert "the run begins again, with the scores made before its first step" in said
+    assert said.count("For-Value (gradient): scoring") == said.count("policy      ") == 1
+    assert set(np.flatnonzero(callback.weights == 0)).isdisjoint(drawn(trainer))
+
+
+def test_a_second_run_on_trained_weights_scores_anew_and_says_that_they_are_trained(tmp_path, caplog):
+    callback = ForValueCallback(VALIDATION)
+    trainer = make_trainer(tmp_path, [callback], max_steps=2)
+    trainer.train()
+    first = callback.scores
+    (tmp_path / SCORES_FILE).unlink()
+    trainer.train()
+    assert not np.allclose(callback.scores.values, first.values)
+    assert "the scores of the last run are not used again, they were made of other weights; the model has been " in (
+        caplog.text
+    )
+    assert not re.search(r"[0-9a-f]{16}", caplog.text)  # no hash is for people
+    trainer = make_trainer(tmp_path / "b", [callback], max_steps=1)  # a new model, as it was in the beginning
+    caplog.clear()
+    trainer.train()
+    assert np.array_equal(callback.scores.values, first.values)
+
+
+def test_a_file_of_scores_that_cannot_be_read_is_no_hindrance(tmp_path, caplog):
+    (tmp_path / SCORES_FILE).write_bytes(b"PAR1, but no more of it")
+    make_trainer(tmp_path, [ForValueCallback(VALIDATION)], max_steps=1).train()
+    assert "cannot be read as scores" in caplog.text
+    assert len(ForValueScores.load(tmp_path / SCORES_FILE)) == 24
+
+
+class Nobody(Policy):
+    """A policy of a user's own that finds no row good enough, or weights rows without saying so."""
+
+    def __init__(self, weights):
+        super().__init__()
+        object.__setattr__(self, "weights", weights)
+
+    def _weights(self, scores, groups):
+        return self.weights[: len(scores)]
+
+    __str__ = object.__repr__
+
+
+def test_scores_are_saved_before_a_policy_can_refuse_them(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="drops all 24 scored rows"):
+        make_trainer(tmp_path, [ForValueCallback(VALIDATION, Threshold(1e9))]).train()
+    model = build_model()
+    passes = Passes(model)
+    make_trainer(tmp_path, [ForValueCallback(VALIDATION)], model=model, max_steps=1).train()  # the policy mended
+    assert passes.n == 1  # of the training alone
+    (tmp_path / SCORES_FILE).unlink()
+    for policy in (Threshold(1e9), Nobody(np.arange(24.0))):
+        with pytest.raises(ValueError, match=r"drops all|weights rows"):
+            prefilter(make_trainer(tmp_path), VALIDATION, policy)
+        assert len(ForValueScores.load(tmp_path / SCORES_FILE)) == 24
+        (tmp_path / SCORES_FILE).unlink()
 
 
 def test_rows_without_a_score_are_not_trained_on_and_said(tmp_path, caplog):
@@ -338,12 +540,16 @@ def test_two_gloo_ranks_have_the_scores_of_one_and_never_draw_a_dropped_row(tmp_
         out = tmp_path / str(world)
         out.mkdir()
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--standalone"]
-        subprocess.run(
+        run = subprocess.run(
             [*launch, str(script), str(Path(__file__).parent), str(out), str(batch), strategy],
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             timeout=240,
+            capture_output=True,
+            text=True,
         )
+        for once in ("For-Value (gradient): scoring", "For-Value: 24 rows scored"):  # the first rank alone speaks
+            assert (run.stdout + run.stderr).count(once) == 1
         results[world] = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
     (one,), two = results[1], results[2]
     scale = np.abs(one["scores"]).max()

@@ -10,6 +10,7 @@ from forvalue_callbacks.policies import (
     Policy,
     Reweight,
     Threshold,
+    as_policy,
     describe,
     effective_sample_size,
     parse_policy,
@@ -239,3 +240,32 @@ def test_drop_auto_drops_what_is_more_likely_noisy_than_clean():
     assert not Drop(0.2).then(Reweight()).needs_log_odds
     with pytest.raises(ValueError, match="'auto'"):
         Drop("all")
+
+
+def test_a_policy_is_taken_as_it_is_or_as_text_and_anything_else_is_refused_with_what_to_write():
+    assert as_policy(Keep(3)) == Keep(3)
+    assert as_policy("drop:auto@label") == Drop("auto", group_column="label")
+    assert as_policy(None) == Drop(0.2)
+    for wrong, named in ((0.2, "of type float"), (Drop, "the class Drop"), ([Drop(0.2)], "of type list")):
+        with pytest.raises(TypeError, match=rf"{named}.*Drop\(0.2\)"):
+            as_policy(wrong)
+    with pytest.raises(ValueError, match="cannot read the policy"):
+        as_policy("keep the best")
+
+
+def test_reweight_warns_where_the_effective_sample_is_below_a_fifth_of_the_rows(caplog):
+    Reweight(1.0)(SCORES)
+    Drop(0.9)(SCORES)
+    assert not caplog.records
+    sharp = Reweight(0.3)
+    size = effective_sample_size(sharp(SCORES))
+    assert size < N / 5
+    assert f"reweight:0.3 draws so few of {N} rows so often that they are worth {size:.0f}" in caplog.text
+
+
+def test_policies_say_what_they_ask_for():
+    assert not Drop(0.2).then(Threshold()).reweights
+    assert Drop(0.2).then(Reweight()).reweights
+    assert Reweight().reweights
+    assert Drop(0.1).then(Drop("auto")).needs_log_odds
+    assert not Drop(0.1).then(Reweight()).needs_log_odds

@@ -9,7 +9,7 @@ from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, pre
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
-from forvalue_callbacks.sampler import OFFSET_GRID, ResamplingSampler, install_sampler
+from forvalue_callbacks.sampler import OFFSET_GRID, ResamplingSampler, find_sampler, install_sampler
 
 N = 97
 RNG = np.random.default_rng(0)
@@ -248,13 +248,52 @@ class HalfSampler(SequentialSampler):
         (DataLoader(ROWS, batch_size=None), "has no batch_sampler"),
         (DataLoader(ROWS, batch_sampler=OneBatchAtATime()), "OneBatchAtATime makes whole batches"),
         (DataLoader(ROWS, batch_sampler=BatchRebalanceSampler(ROWS, 8, 2, 2)), "BatchRebalanceSampler makes whole"),
-        (DataLoader(ROWS, sampler=HalfSampler(ROWS)), "HalfSampler draws 48 rows per epoch and there are 97 weights"),
-        (DataLoader(ROWS[:-1]), "SequentialSampler draws 96 rows per epoch and there are 97 weights"),
+        (
+            DataLoader(ROWS, sampler=HalfSampler(ROWS)),
+            "HalfSampler draws 48 rows per epoch and there are 97 to weight",
+        ),
+        (DataLoader(ROWS[:-1]), "SequentialSampler draws 96 rows per epoch and there are 97 to weight"),
     ],
 )
 def test_a_loader_that_cannot_be_resampled_is_refused_with_the_way_out(loader, reason):
     with pytest.raises(ValueError, match=rf"{reason}.*prefilter\(trainer\), or dataset\.map\(ForValueTransform"):
         install_sampler(loader, DROP, seed=0)
+
+
+class Unsized(Sampler):
+    def __iter__(self):
+        return iter(ROWS)
+
+
+def test_a_loader_is_looked_at_before_anything_is_changed():
+    loader = prepared(ranks=2)
+    before = loader.batch_sampler.batch_sampler.sampler
+    sampler, chain = find_sampler(loader, N)
+    assert sampler is before is loader.batch_sampler.batch_sampler.sampler
+    assert len(chain) == 2
+    loader = DataLoader(ROWS, batch_sampler=BatchSampler(Unsized(), 4, drop_last=False))
+    with pytest.raises(ValueError, match=r"Unsized draws nobody knows how many rows.*prefilter\(trainer\)"):
+        find_sampler(loader, N)
+
+
+class EasyFirst(Sampler):
+    """A curriculum of the user's own."""
+
+    def __len__(self):
+        return N
+
+    def __iter__(self):
+        return iter(np.argsort(REWEIGHT).tolist())
+
+
+@pytest.mark.parametrize("sampler", [SequentialSampler(ROWS), EasyFirst()], ids=["sequential", "own"])
+@pytest.mark.parametrize("weights", [DROP, REWEIGHT])
+def test_an_order_with_a_meaning_is_kept_with_copies_beside_their_row(sampler, weights):
+    place = np.argsort(list(sampler))
+    for _ in range(3):
+        drawn = place[list(ResamplingSampler(sampler, weights, seed=0))]
+        assert (np.diff(drawn) >= 0).all()
+        assert len(set(drawn)) < N
 
 
 @pytest.mark.parametrize("weights", [np.zeros(N), -DROP, DROP * np.nan, DROP + np.inf, DROP[:-1], DROP[:, None]])

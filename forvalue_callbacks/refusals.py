@@ -1,0 +1,160 @@
+"""What a trainer can be refused for before any row is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, Subset
+
+from .policies import Policy
+from .scores import ForValueScores
+
+_PAIRS = (
+    "are pairs of a chosen and a rejected answer",
+    "score the chosen answers as rows with 'prompt' and 'completion', by ForValueScorer(model, validation).score(rows)"
+    ", and filter the pairs by that before you make the trainer",
+)
+_MARKED = (
+    "are answers marked as good or bad, or as right or wrong step by step",
+    "score the good answers as rows with 'prompt' and 'completion', by ForValueScorer(model, validation).score(rows), "
+    "and filter by that before you make the trainer",
+)
+_PROMPTS = (
+    "are prompts, whose answers are written while it trains",
+    "filter the data of the supervised fine-tuning that comes before; if the prompts have reference answers, score "
+    "those as rows with 'prompt' and 'completion', by ForValueScorer(model, validation).score(rows)",
+)
+# Arguments of TRL's trainers by name (TRL need not be here, and frameworks have classes of their own around these).
+_OTHER_ROWS = {
+    **dict.fromkeys(("DPOConfig", "ORPOConfig", "CPOConfig", "RewardConfig", "TPOConfig"), _PAIRS),
+    **dict.fromkeys(("KTOConfig", "BCOConfig", "PRMConfig"), _MARKED),
+    **dict.fromkeys(
+        (
+            *("GRPOConfig", "RLOOConfig", "PPOConfig", "OnlineDPOConfig", "NashMDConfig", "XPOConfig", "A2POConfig"),
+            *(
+                "AsyncGRPOConfig",
+                "SDPOConfig",
+                "GKDConfig",
+                "GOLDConfig",
+                "MiniLLMConfig",
+                "SDFTConfig",
+                "IWOPDConfig",
+            ),
+            *("DistillationConfig", "AsyncDistillationConfig"),
+        ),
+        _PROMPTS,
+    ),
+}
+
+
+def refuse_trainer(args: Any, dataset: Any) -> None:
+    """Raises ValueError for a trainer whose training rows are none, streamed, packed or no labelled answers."""
+    columns = getattr(dataset, "column_names", None) or ()
+    config = next((cls.__name__ for cls in type(args).__mro__ if cls.__name__ in _OTHER_ROWS), None)
+    pairs = all(any(column.startswith(side) for column in columns) for side in ("chosen", "rejected"))
+    if config is not None or pairs:
+        what, instead = _PAIRS if config is None else _OTHER_ROWS[config]
+        trainer = "this trainer" if config is None else f"a trainer with {config}"
+        raise ValueError(f"the rows of {trainer} {what}, and a For-Value score is of a labelled answer: {instead}.")
+    if dataset is None:
+        raise ValueError("there are no training rows to score: the trainer has no train_dataset.")
+    if isinstance(dataset, Mapping):
+        raise ValueError("the trainer's train_dataset is a mapping of data sets: give it one of them.")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "streaming data cannot be scored before training: map it with ForValueTransform and filter on its "
+            "'forvalue_score' column, or load it as a Dataset."
+        )
+    if len(dataset) == 0:
+        raise ValueError("there are no training rows to score: the trainer's train_dataset is empty.")
+    if getattr(args, "packing", False) or "seq_lengths" in columns:
+        raise ValueError(
+            "packed rows hold several samples each and cannot be dropped: score before packing with "
+            "ForValueTransform (dataset.map, then filter), or set packing=False."
+        )
+
+
+def refuse_policy(policy: Policy, log_odds: bool) -> None:
+    """Raises ValueError for `Drop("auto")` where scores are no log odds of a clean row."""
+    if policy.needs_log_odds and not log_odds:
+        raise ValueError(
+            f"{policy} needs scores that are log odds of a clean row: score with ForValueConfig(direction='auto') (or "
+            "'labels'), or give a fraction."
+        )
+
+
+def groups_of(policy: Policy, dataset: Any, groups: Sequence[Any] | None) -> list[Any] | None:
+    """Group of each row, (N,), as a policy needs them: those given, or its column of the data set.
+
+    Raises:
+        ValueError: no such column, more or fewer groups than rows, groups that cannot be compared, or needless ones.
+    """
+    column = policy.group_column
+    if column is None:
+        if groups is not None:
+            raise ValueError(
+                f"groups are given, and {policy} has none: name them, as Drop(0.2, group_column='source')."
+            )
+        return None
+    if groups is None:
+        if column not in (getattr(dataset, "column_names", None) or ()):
+            raise ValueError(
+                f"{policy}: the training rows have no column {column!r} here. Trainers remove columns that the model "
+                "does not take: set remove_unused_columns=False, or pass the groups by hand (groups=[...])."
+            )
+        groups = dataset[column]
+    values = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+    if isinstance(groups, str) or len(values) != len(dataset):
+        given = "text" if isinstance(groups, str) else f"{len(values)} groups"
+        raise ValueError(f"{policy} needs a group for each of {len(dataset)} training rows, and there is {given}.")
+    for row, value in enumerate(values):
+        try:
+            hash(value)
+        except TypeError:
+            raise ValueError(
+                f"{policy}: the group of row {row} is a {type(value).__name__}: make it text or a number."
+            ) from None
+    return values
+
+
+def refuse_other_rows(scores: ForValueScores, scorer: Any, dataset: Any) -> None:
+    """Raises ValueError for scores that are not those of the data set's rows, in their order."""
+    refuse_other_length(scores, dataset)
+    made_of = scores.metadata.get("made_of", {}).get("data")
+    if made_of is not None:
+        same = made_of == scorer.hash_rows(dataset)
+    else:  # made by other means: what there is to compare are numbers of labelled tokens, where they are given
+        here = np.array([item.n_labelled if reason is None else 0 for item, reason in scorer.batcher.items(dataset)])
+        compared = (scores.n_labelled > 0) & (here > 0)
+        same = np.array_equal(scores.n_labelled[compared], here[compared])
+    if not same:
+        raise ValueError(
+            "the scores given are those of other rows, of these rows in another order, or of rows prepared otherwise "
+            "(tokenizer, max_length): score trainer.train_dataset as the trainer has prepared it."
+        )
+
+
+def refuse_other_length(scores: ForValueScores, dataset: Any) -> None:
+    """Raises ValueError unless there are as many scores as rows."""
+    if len(scores) != len(dataset):
+        raise ValueError(
+            f"{len(scores)} scores for {len(dataset)} training rows. SFTTrainer drops fully masked rows and shuffles "
+            "if asked: score trainer.train_dataset itself."
+        )
+
+
+def shortener(dataset: Any) -> Callable[[np.ndarray], Any]:
+    """A function from places of rows to a data set of these rows alone.
+
+    Raises:
+        ValueError: rows that cannot be had by their place.
+    """
+    if hasattr(dataset, "select"):
+        return dataset.select
+    if isinstance(dataset, (list, tuple)):
+        return lambda places: [dataset[i] for i in places.tolist()]
+    if hasattr(dataset, "__getitem__"):
+        return lambda places: Subset(dataset, places.tolist())
+    raise ValueError(f"a {type(dataset).__name__} cannot be shortened to the rows to keep: give it as a Dataset.")

@@ -1,0 +1,252 @@
+"""What is seen of the work: the line before it, the bar over all passes, and who is spoken to."""
+
+import logging
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model, build_rows
+
+from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueScores, auto, evidence
+from forvalue_callbacks import progress as module
+from forvalue_callbacks.corruption import KINDS
+from forvalue_callbacks.fitting import Fit
+from forvalue_callbacks.progress import Pass, Plan, Progress, duration, speaking
+
+TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(module, "time", clock := Clock())
+    return clock
+
+
+def test_the_expected_time_is_that_of_the_first_batches_for_all_passes_to_come(clock, capsys):
+    progress = Progress(bars=False)
+    waited = []
+    plan = Plan([Pass("before", 10, 50.0), Pass("first", 100, 10.0), Pass("second", 2000, 20.0)], probe=1)
+    with progress.over("Work", plan, lambda: waited.append(clock.now)):
+        with progress.part("before", 10):
+            clock.now += 1000  # of another pace
+            progress.update(10, 500)
+        with progress.part("first", 100):
+            for seconds in (60, 1, 1, 1):  # something is set up in the first batch
+                assert capsys.readouterr().err == ""
+                clock.now += seconds
+                progress.update(10, 100)
+            clock.now += 1
+            progress.update(10, 100)
+            assert waited == [clock.now]  # work that an accelerator has not done yet would look fast
+            # 0.01 s a token: 50 rows of 10 are left here, and 2,000 of 20 after
+            said = capsys.readouterr().err
+            assert said == "Work: 3 passes (before, first, second), about 6.8 min\n"
+        with progress.part("second", 2000):
+            progress.update(2000, 40000)
+    assert capsys.readouterr().err == ""  # once
+
+
+@pytest.mark.parametrize(
+    ("rows", "time_left"), [(1000, "about 20 s, then a fit"), (None, "about 20 s for 1,000 rows, then a fit")]
+)
+def test_a_short_first_pass_is_all_there_is_to_go_by(clock, capsys, rows, time_left):
+    progress = Progress(bars=False)
+    with progress.over("Work", Plan([Pass("first", 4, 5.0), Pass("rest", rows, 5.0)], what="all", then="a fit")):
+        with progress.part("first", 4):
+            clock.now += 0.08
+            progress.update(4, 20)
+        assert capsys.readouterr().err == f"Work: 2 passes (all), {time_left}\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "less than a second"),
+        (1, "about 1 s"),
+        (89, "about 89 s"),
+        (400, "about 6.7 min"),
+        (4000, "about 67 min"),
+        (20_000, "about 5.6 h"),
+        (90_000, "about 25 h"),
+    ],
+)
+def test_durations_are_for_people(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_one_bar_goes_over_all_passes_and_ends_full_though_one_is_left_out_and_ranks_differ(capsys):
+    progress = Progress(lines=False)
+    with progress.over("", Plan([Pass("a", 5), Pass("left out", 7), Pass("b", 4)])):
+        bar = progress._bar
+        assert bar.total == 16
+        with progress.part("a", 6):  # one more than was planned
+            progress.update(4)
+            progress.update(4)  # two ranks count for each other, and the last batch has fewer
+            assert bar.n == 6
+        with progress.part("b", 4):
+            progress.update(1)  # the other rank had more
+            progress.now("fitting")
+        assert bar.n == bar.total == 10
+    drawn = re.findall(r"\r([^\r\n]*?): +\d+%", capsys.readouterr().err)
+    assert list(dict.fromkeys(drawn)) == ["1 of 3: a", "3 of 3: b", "3 of 3: b, fitting"]
+
+
+def unfitted(head, *_):
+    return Fit(torch.zeros_like(head.weight), 1.0, {})
+
+
+def unweighed(clean, copies, train, reasons, rng):
+    values = train.log_likelihood
+    return ForValueScores.of_scored(list(reasons), train.index, values, values, train.n_labelled, {})
+
+
+@pytest.mark.parametrize(
+    ("direction", "passes"),
+    [
+        ("gradient", ["validation rows", "rows to score"]),
+        ("whitened", ["validation rows", "rows to score"]),
+        ("fitted", ["validation rows", "rows to score"]),
+        (
+            "auto",
+            ["first half of the validation rows", "second half"]
+            + [
+                name + answers
+                for name in ("validation rows", *KINDS[1:3], "rows to score")
+                for answers in ("", ", answers alone")
+            ],
+        ),
+    ],
+)
+def test_every_method_says_which_passes_are_to_come_and_makes_them(direction, passes, capsys, monkeypatch):
+    made, part = [], Progress.part
+
+    def noted(self, name, rows):
+        made.append((name, rows, self._plan.passes[self._at + 1].name))
+        return part(self, name, rows)
+
+    monkeypatch.setattr(Progress, "part", noted)
+    monkeypatch.setattr(evidence, "fit_head", unfitted)  # the fits take a minute and make no pass
+    monkeypatch.setattr(auto, "_scores", unweighed)
+    monkeypatch.setattr(auto, "KINDS", KINDS[1:3])
+    validation = build_rows(40, seed=2) if direction == "auto" else VALIDATION
+    scorer = ForValueScorer(build_model(), validation, ForValueConfig(direction=direction))
+    scorer.score(TRAIN)
+    assert [name for name, _, _ in made] == [planned for _, _, planned in made] == passes
+    said = capsys.readouterr().err
+    line = f"For-Value ({direction}): scoring 24 rows by {len(validation)} validation rows: {len(passes)} passes ("
+    assert said.count(line) == 1
+    for k, name in enumerate(passes, 1):
+        assert f"\r{k} of {len(passes)}: {name}: " in said
+    total = sum(rows for _, rows, _ in made)
+    assert f"100%|██████████| {total}/{total} [" in said
+    made.clear()
+    scorer.score(TRAIN[:3])  # the validation side is known
+    assert direction == "auto" or [(name, rows) for name, rows, _ in made] == [("rows to score", 3)]
+
+
+def test_label_rows_say_their_passes_and_the_fit(capsys, monkeypatch):
+    fit = SimpleNamespace(log_odds=np.zeros(20), flipped_auc=1.0, noise_share=0.0, likelihood=[])
+    monkeypatch.setattr(auto, "fit_labels", lambda *_: fit)
+    answers = [
+        {**row, "input_ids": [*row["input_ids"][:2], 5 + i % 2], "labels": [-100, -100, 5 + i % 2]}
+        for i, row in enumerate(build_rows(40, seed=3))
+    ]
+    ForValueScorer(build_model(), answers[:20], ForValueConfig(direction="labels")).score(answers[20:])
+    said = capsys.readouterr().err
+    assert "2 passes (validation rows, rows to score), " in said
+    assert ", then a label model is fitted\n" in said
+    assert "2 of 2: rows to score, fitting the label model: 100%" in said
+
+
+def test_pairs_and_token_scores_have_one_bar_too(capsys):
+    scorer = ForValueScorer(build_model(), VALIDATION)
+    scorer.pairwise(TRAIN)
+    assert "3 of 3: pairs: " in capsys.readouterr().err
+    scorer.token_scores(TRAIN)
+    assert "1 pass (rows to score)" in capsys.readouterr().err
+    ForValueScorer(build_model(), VALIDATION, ForValueConfig(vocab="seen")).score(TRAIN)
+    assert "2 of 3: labels of all rows: " in capsys.readouterr().err
+
+
+def test_rows_of_a_stream_have_a_bar_without_a_total(capsys):
+    scores = ForValueScorer(build_model(), VALIDATION).score(iter(TRAIN))
+    assert len(scores) == 24
+    said = capsys.readouterr().err
+    assert "scoring a stream of rows by 6 validation rows: 2 passes" in said
+    assert " for 1,000 rows\n" in said
+    assert "2 of 2: rows to score: 30row [" in said
+
+
+def test_nothing_is_shown_where_nobody_asked_and_the_scores_are_the_same(capsys):
+    shown = ForValueScorer(build_model(), VALIDATION).score(TRAIN)
+    assert capsys.readouterr().err
+    silent = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN)
+    assert capsys.readouterr() == ("", "")
+    assert (shown.values == silent.values).all()
+
+
+def test_a_line_is_seen_once_by_the_log_or_on_stderr(capsys, caplog):
+    Progress().say("seen")
+    assert capsys.readouterr().err == "seen\n"
+    assert "seen" not in caplog.text
+    with caplog.at_level(logging.INFO, logger="forvalue_callbacks"):
+        Progress().say("heard")
+    assert capsys.readouterr().err == ""
+    assert caplog.text.count("heard") == 1
+    with caplog.at_level(logging.WARNING, logger="forvalue_callbacks"):  # somebody wants warnings alone
+        Progress().say("silenced")
+    Progress(lines=False).say("silent")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_handler_that_takes_warnings_alone_does_not_count_as_heard(capsys, monkeypatch):
+    log = logging.getLogger("forvalue_callbacks")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    monkeypatch.setattr(log, "handlers", [handler, logging.NullHandler()])
+    monkeypatch.setattr(log, "propagate", False)
+    monkeypatch.setattr(log, "level", logging.INFO)
+    log.manager._clear_cache()
+    Progress().say("seen")
+    assert capsys.readouterr().err == "seen\n"
+    log.manager._clear_cache()
+
+
+def test_only_the_first_rank_warns(caplog):
+    log = logging.getLogger("forvalue_callbacks.auto")
+    with speaking(False):
+        log.warning("of another rank")
+        log.error("an error of another rank")
+    with speaking(True):
+        log.warning("of the first rank")
+    log.warning("after")
+    assert [record.getMessage() for record in caplog.records] == [
+        "an error of another rank",
+        "of the first rank",
+        "after",
+    ]
+
+
+def test_a_line_is_never_written_into_a_bar(capsys):
+    """A bar without a line end is cleared first."""
+    progress = Progress()
+    with progress.over("", Plan([Pass("a", 2)])), progress.part("a", 2):
+        progress.update(1)
+        progress.say("a line")
+        with module.aside():
+            logging.getLogger("forvalue_callbacks").warning("beside")
+    for line in capsys.readouterr().err.split("\n"):
+        assert "a line" not in line or line.split("\r")[-1] == "a line"
