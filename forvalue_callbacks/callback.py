@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .policies import Drop, Policy, describe
+from .reading import kept
 from .rows import RowConfig
 from .sampler import install_sampler
 from .scorer import ForValueConfig, ForValueScorer
@@ -60,7 +61,7 @@ class ForValueCallback(TrainerCallback):
         scores: ForValueScores | str | Path | None = None,
         groups: Sequence[Any] | None = None,
     ):
-        self.validation_dataset = validation_dataset
+        self.validation_dataset = kept(validation_dataset)
         self.policy = policy if policy is not None else Drop(0.2)
         self.config = config or ForValueConfig()
         self.scores = scores if isinstance(scores, ForValueScores) or scores is None else ForValueScores.load(scores)
@@ -189,9 +190,10 @@ def prefilter(
 
 def settings_of(args: TrainingArguments, config: ForValueConfig) -> dict[str, Any]:
     """`config` and `rows` of a scorer that prepares rows and runs forward passes as the trainer does."""
-    rows = RowConfig(
-        **{field.name: getattr(args, field.name) for field in fields(RowConfig) if hasattr(args, field.name)}
-    )
+    options = {field.name: getattr(args, field.name) for field in fields(RowConfig) if hasattr(args, field.name)}
+    if "max_length" not in options or (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        options["max_length"] = None  # nothing but SFTTrainer's own preparation truncates
+    rows = RowConfig(**options)
     if config.forward_dtype is None and (args.bf16 or args.fp16):
         config = replace(config, forward_dtype="bfloat16" if args.bf16 else "float16")
     return {"config": config, "rows": rows}

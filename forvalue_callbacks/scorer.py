@@ -28,6 +28,7 @@ from .corruption import word_starts
 from .evidence import OVERFLOW
 from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found, whole
+from .reading import kept
 from .rows import RowConfig, RowPreparer
 from .scores import ForValueScores
 
@@ -152,7 +153,7 @@ class ForValueScorer:
     ):
         self.config = config or ForValueConfig()
         self.backbone = Backbone(model, self.config.forward_dtype)
-        self.validation_dataset = validation_dataset
+        self.validation_dataset = kept(validation_dataset)
         self.rows = rows or RowConfig()
         self.prepare = RowPreparer(
             processing_class,
