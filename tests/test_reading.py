@@ -30,6 +30,7 @@ from forvalue_callbacks.rows import Row, RowConfig, RowPreparer
 
 ROWS = build_rows(6, seed=3)
 VALIDATION = build_rows(4, seed=4)
+IDS = torch.tensor([[5, 6, 7]])
 PAIRS = [{"question": f"the sky {i}", "reply": f"is blue {i}"} for i in range(4)]
 
 
@@ -83,6 +84,11 @@ def test_data_sets_of_every_kind_are_read_in_order(kind):
     scorer = ForValueScorer(build_model(), kind(ROWS), progress=False)
     assert scorer.score(VALIDATION).reasons == [None] * 4
     assert scorer._n_validation == 6
+
+
+def test_a_mapping_of_data_sets_is_refused():
+    with pytest.raises(ValueError, match="a dict of data sets is no data set: give one of 'train', 'test'"):
+        scores_of({"train": ROWS, "test": ROWS})
 
 
 @pytest.mark.parametrize("side", ["training", "validation"])
@@ -271,13 +277,36 @@ def test_one_row_of_a_flattening_collator_is_a_row():
     assert row.labels.tolist() == [-100, -100, 7]
 
 
+@pytest.mark.parametrize(
+    ("extra", "plain"),
+    [
+        ({"position_ids": torch.tensor([[0, 1, 2]]), "token_type_ids": None, "attention_mask": IDS * 0 + 1}, True),
+        ({"position_ids": torch.tensor([[2, 3, 4]])}, False),
+        ({"position_ids": torch.tensor([[0, 5, 6]])}, False),
+        ({"position_ids": torch.zeros(3, 1, 3)}, False),
+        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, False),
+        ({"mm_token_type_ids": IDS * 0}, True),
+        ({"pixel_values": IDS}, False),
+    ],
+)
+def test_what_is_more_than_a_row_of_tokens_is_left_to_the_collator(extra, plain):
+    found = Collating(lambda rows: {"input_ids": IDS, "labels": IDS, **extra}, RowPreparer()).read({"text": "x"})
+    assert isinstance(found, Row if plain else Collated)
+
+
+def test_packs_that_a_collator_makes_are_refused():
+    with pytest.raises(ValueError, match="packed rows"):
+        Collating(
+            lambda rows: {"input_ids": IDS, "labels": IDS, "position_ids": torch.tensor([[0, 1, 0]])}, RowPreparer()
+        ).read({"text": "x"})
+
+
 def test_tokens_are_truncated_before_a_collator_sees_to_them(tokenizer):
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     collating = Collating(collator, RowPreparer(tokenizer, RowConfig(max_length=3)))
     assert len(collating.read({"input_ids": [5, 6, 7, 8, 9]}).input_ids) == 3
 
 
-IDS = torch.tensor([[5, 6, 7]])
 WRONG = {
     "raises": (lambda rows: rows[0]["secret"], "data_collator fails: KeyError in <lambda> "),
     "none": (lambda rows: None, "gives a NoneType, not a mapping"),
