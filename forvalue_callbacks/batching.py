@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,14 @@ import torch
 import xxhash
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets.fingerprint import Hasher
-from torch import Tensor, nn
+from torch import Tensor
 
 from .core import working_dtype
 from .head import Backbone
 from .prefixes import pack, padded_tokens, shared_prefixes
 from .progress import Progress, aside, size
-from .rows import IGNORED, Row, RowPreparer, needs_collator
+from .reading import Collated, Collating, NotTogetherError, examples_of
+from .rows import IGNORED, Row, RowPreparer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Item:
 
     index: int
     row: Row | None
-    example: Mapping[str, Any] | None = None
+    example: Any = None
     collated: np.ndarray | None = None  # the example's labels as the collator makes them
     n_shared: int = 0  # how many of its first tokens are run once for all rows of its batch that begin with them
 
@@ -82,7 +84,7 @@ class Item:
     def hash(self) -> str:
         """Hash of the row as the model sees it."""
         if self.row is None:
-            return Hasher.hash(self.example)
+            return xxhash.xxh3_64_hexdigest(Hasher.hash(self.example).encode() + self.answer)
         return xxhash.xxh3_64_hexdigest(self.row.input_ids.tobytes() + b"|" + self.row.labels.tobytes())
 
 
@@ -143,7 +145,7 @@ class Batcher:
     Args:
         backbone: the model without its head.
         prepare: a row in any form to token ids and labels.
-        data_collator: makes the batches of rows that need more than token ids (images).
+        data_collator: makes rows of the examples, as in training (`Collating`).
         max_tokens: padded tokens in one forward pass; None: by the device.
         progress: shows how far it is.
     """
@@ -158,43 +160,30 @@ class Batcher:
     ):
         self.backbone = backbone
         self.prepare = prepare
-        self.data_collator = data_collator
+        self._fits_set_up = False  # whether some row to be scored did
+        self.collating = None if data_collator is None else Collating(data_collator, prepare)
         self.max_tokens = max_tokens or tokens_per_batch(backbone.device)
         self.progress = progress or Progress(lines=False, bars=False)
 
     def items(self, dataset: Iterable[Mapping[str, Any] | Row]) -> Iterator[tuple[Item, str | None]]:
         """Every row of the data set as an item, with the reason where it cannot be scored; a `Row` stays as it is."""
-        for index, example in enumerate(dataset):
-            if isinstance(example, Row):
-                yield Item(index, example), example.reason
-                continue
-            if self.data_collator is None or not needs_collator(example):
-                row = self.prepare(example)
-                yield Item(index, row), row.reason
-                continue
-            try:
-                batch = self.data_collator([example])
-            except Exception as error:  # whatever a user's collator finds wrong with a row is the row's reason
-                row = Row.unscorable(f"the data_collator fails: {type(error).__name__}: {error}")
-                yield Item(index, row), row.reason
-                continue
-            if set(batch) <= {"input_ids", "attention_mask", "labels", "position_ids"}:
-                row = self.prepare({k: v[0] for k, v in batch.items() if k != "position_ids"})
-                yield Item(index, row), row.reason
-            else:
-                item = Item(index, None, example, torch.as_tensor(batch["labels"])[0].cpu().numpy())
-                yield item, None if item.answer else "no labelled tokens after the data_collator"
+        return itertools.starmap(self._item, enumerate(examples_of(dataset)))
+
+    def _item(self, index: int, example: Any) -> tuple[Item, str | None]:
+        if isinstance(example, Row):
+            found: Row | Collated = example
+        else:
+            found = self.prepare(example) if self.collating is None else self.collating.read(example)
+        if isinstance(found, Row):
+            return Item(index, found), found.reason
+        return Item(index, None, found.example, found.labels), None
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
         """Model inputs, and beside each position the label that it predicts."""
         if items[0].row is not None:
             return pad([item.predicting() for item in items])
-        assert self.data_collator is not None
-        batch = dict(self.data_collator([item.example for item in items]))
-        if len(batch["input_ids"]) != len(items):
-            raise ValueError("the data_collator flattens rows into one (padding-free): score with a padding one.")
-        batch["labels"] = nn.functional.pad(torch.as_tensor(batch["labels"])[:, 1:], (0, 1), value=IGNORED)
-        return batch
+        assert self.collating is not None
+        return self.collating.batch([item.example for item in items])
 
     def _batches(self, items: list[Item], states: bool) -> list[list[Item]]:
         tokens = [item for item in items if item.row is not None]
@@ -306,6 +295,9 @@ class Batcher:
                 continue
             try:
                 batch = self.run(part)
+            except NotTogetherError:
+                parts[:0] = [[item] for item in part]
+                continue
             except Exception as error:
                 tokens = padded(part)
                 if not should_reduce_batch_size(error) or (len(part) == 1 and failed is None):
@@ -372,16 +364,34 @@ class Batcher:
                 yield [(item, failed.get(item.index, reason)) for item, reason in window], results
 
     def _read(self, dataset: Iterable[Mapping[str, Any] | Row]) -> Iterator[list[tuple[Item, str | None]]]:
-        """Windows of items; the next one is tokenised in a thread while the model runs over this one."""
-        stream = self.items(dataset)
-        if self.data_collator is not None:  # the batches of this window need it too, and it may not bear two threads
-            while window := list(islice(stream, WINDOW)):
-                yield window
+        """Windows of items. Rows are read in this thread, which may be the only one that their data set bears; those
+        of the next window are tokenised in another while the model runs over this one.
+
+        Raises:
+            ValueError: no row of the data set fits the set-up, and none of those before did.
+        """
+        stream = enumerate(examples_of(dataset))
+        windows = iter(lambda: list(islice(stream, WINDOW)), [])
+        reason = None
+        for window in self._prepared(windows):
+            wrong = [item.row is not None and item.row.set_up for item, _ in window]
+            self._fits_set_up |= not all(wrong)
+            reason = reason or window[0][1]
+            yield window
+        if reason is not None and not self._fits_set_up:
+            raise ValueError(f"no row can be scored: {reason}.")
+
+    def _prepared(self, windows: Iterator[list[tuple[int, Any]]]) -> Iterator[list[tuple[Item, str | None]]]:
+        def items(window: list[tuple[int, Any]]) -> list[tuple[Item, str | None]]:
+            return list(itertools.starmap(self._item, window))
+
+        if self.collating is not None:  # the batches of this window need it too, and it may not bear two threads
+            yield from map(items, windows)
             return
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(lambda: list(islice(stream, WINDOW)))
+        with ThreadPoolExecutor(1) as worker:
+            ahead = worker.submit(items, next(windows, []))
             while window := ahead.result():
-                ahead = reader.submit(lambda: list(islice(stream, WINDOW)))
+                ahead = worker.submit(items, next(windows, []))
                 yield window
 
 

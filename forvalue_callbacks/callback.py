@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .policies import Policy, as_policy
 from .progress import Progress, speaking
+from .reading import kept
 from .refusals import groups_of, refuse_other_length, refuse_other_rows, refuse_policy, refuse_trainer, shortener
 from .reports import lines, numbers, report
 from .rows import RowConfig
@@ -73,7 +74,7 @@ class ForValueCallback(TrainerCallback):
         groups: Sequence[Any] | None = None,
         verbose: bool = True,
     ):
-        self.validation_dataset = validation_dataset
+        self.validation_dataset = kept(validation_dataset)
         self.policy = as_policy(policy)
         self.config = _checked(config)
         self.scores = scores if isinstance(scores, ForValueScores) or scores is None else ForValueScores.load(scores)
@@ -271,9 +272,10 @@ _WEIGHTS = "{} weights rows, and prefilter can only keep or drop them: use ForVa
 
 def settings_of(args: TrainingArguments, config: ForValueConfig) -> dict[str, Any]:
     """`config` and `rows` of a scorer that prepares rows and runs forward passes as the trainer does."""
-    rows = RowConfig(
-        **{field.name: getattr(args, field.name) for field in fields(RowConfig) if hasattr(args, field.name)}
-    )
+    options = {field.name: getattr(args, field.name) for field in fields(RowConfig) if hasattr(args, field.name)}
+    if "max_length" not in options or (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        options["max_length"] = None  # nothing but SFTTrainer's own preparation truncates
+    rows = RowConfig(**options)
     if config.forward_dtype is None and (args.bf16 or args.fp16):
         config = replace(config, forward_dtype="bfloat16" if args.bf16 else "float16")
     return {"config": config, "rows": rows}

@@ -123,9 +123,10 @@ class Backbone:
     def bos(self) -> int:
         """The token that a text starts with: BOS, or EOS where the model has none."""
         config = self.causal.config.get_text_config()
-        for token in (config.bos_token_id, config.eos_token_id):
-            if token is not None:
-                return token[0] if isinstance(token, list) else token
+        for tokens in (config.bos_token_id, config.eos_token_id):
+            token = tokens[0] if isinstance(tokens, list) else tokens
+            if token is not None and token < config.vocab_size:  # a default of the config may lie beyond
+                return token
         return 0
 
     def head(self) -> Head:

@@ -8,27 +8,34 @@ The rules are those of `SFTTrainer.__init__` (which columns decide, chat templat
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-# trl and transformers are imported where raw rows need them: trl takes seconds.
+from .conversations import (
+    common_prefix_length,
+    has_from_value,
+    has_generation_markers,
+    in_parts,
+    messages_of,
+    refuse_unread,
+    training_template,
+)
+from .reasons import SetUpError, UnscorableError, place_of, printable
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # the label of a token that is not scored
 # Columns of images: without them the token ids are half of the row.
 IMAGES = frozenset({"image", "images", "pixel_values"})
-
-
-class _UnscorableError(Exception):
-    """Why one row cannot be scored; never leaves this module."""
+# Columns of a batch that say all there is to say of a row of tokens.
+TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -38,10 +45,12 @@ class Row:
     input_ids: np.ndarray  # int64 (L,)
     labels: np.ndarray  # int64 (L,), aligned with input_ids (not shifted); -100: not scored
     reason: str | None = None  # then the arrays are empty
+    set_up: bool = False  # the reason is one of the set-up, if no row is without such
 
     @classmethod
-    def unscorable(cls, reason: str) -> Row:
-        return cls(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), reason)
+    def unscorable(cls, reason: str | UnscorableError) -> Row:
+        empty = np.zeros(0, dtype=np.int64)
+        return cls(empty, empty, printable(str(reason)), isinstance(reason, SetUpError))
 
     @property
     def n_labelled(self) -> int:
@@ -121,21 +130,41 @@ class RowPreparer:
     def __call__(self, example: Mapping[str, Any]) -> Row:
         """One row, left as it is. If it cannot be scored, the answer has a `reason` that says what to do.
 
+        `set_up` is true where the reason is one of the set-up, if all rows have such: no known column, images, and
+        `assistant_only_loss` without a conversation.
+
         Raises:
-            ValueError: the set-up is wrong, not just this row: no known column, raw rows without a tokenizer (or one
-                without EOS or chat template), `assistant_only_loss` without conversations or a template with
-                generation markers, packed rows, images.
+            ValueError: the set-up is wrong, not just this row: raw rows without a tokenizer (or one without EOS or
+                chat template), `assistant_only_loss` without a template with generation markers, packed rows.
         """
         if not isinstance(example, Mapping):
-            return Row.unscorable(f"the row is a {type(example).__name__}: make it a mapping from columns to values")
+            name = type(example).__name__
+            return Row.unscorable(SetUpError(f"the row is a {name}: make it a mapping from columns to values"))
+        refuse_packed(example)
         try:
             return self._prepare(example)
-        except _UnscorableError as reason:
-            return Row.unscorable(str(reason))
+        except UnscorableError as reason:
+            return Row.unscorable(reason)
+
+    def collated(self, example: Mapping[str, Any], batch: Mapping[str, Any]) -> Row:
+        """The row that a data collator has made of an example: a batch of one, `input_ids` and `labels` (1, L).
+
+        Truncated where the example was tokenised already, since `SFTTrainer` truncates before it collates; what a
+        collator makes of raw rows is trained on as it is.
+        """
+        refuse_packed(
+            batch_row := {column: batch[column][0] for column in TOKEN_COLUMNS if batch.get(column) is not None}
+        )
+        try:
+            ids, labels, _ = self._labelled(batch_row, batch_row)
+            truncated = "input_ids" in example
+            return self._checked(ids, labels, "'labels' of the data_collator", truncated=truncated)
+        except UnscorableError as reason:
+            return Row.unscorable(reason)
 
     def _prepare(self, example: Mapping[str, Any]) -> Row:
-        if not IMAGES.isdisjoint(example):
-            raise ValueError(f"rows with images ({_found(example)}) need their own preparation: pass a data_collator.")
+        if has_images(example):
+            raise SetUpError(f"rows with images ({_found(example)}) need their own preparation: pass a data_collator")
         if "input_ids" in example:
             ids, labels, source = self._labelled(example, example)
         else:
@@ -160,15 +189,13 @@ class RowPreparer:
         arrays = {column: _integers(tokens, column) for column in ["input_ids", *columns, *others]}
         for column, values in arrays.items():
             if len(values) != len(arrays["input_ids"]):
-                raise _UnscorableError(
+                raise UnscorableError(
                     f"{len(values):,} values in {column!r}, but {len(arrays['input_ids']):,} in 'input_ids': "
                     "make them equally long"
                 )
         if "attention_mask" in arrays:
             attended = arrays.pop("attention_mask") != 0
             arrays = {column: values[attended] for column, values in arrays.items()}
-        if "position_ids" in arrays and (np.diff(arrays["position_ids"]) <= 0).any():
-            raise ValueError(f"packed rows ('position_ids' restart; {_found(example)}): score before packing.")
         ids = arrays["input_ids"]
         if "labels" in arrays:
             return ids, arrays["labels"], "'labels'"
@@ -179,12 +206,10 @@ class RowPreparer:
 
     def _check_set_up(self, example: Mapping[str, Any], columns: list[str]) -> None:
         """What is wrong with all tokenised rows if it is with one; `columns` are those that make the labels."""
-        if "seq_lengths" in example:
-            raise ValueError(f"packed rows ({_found(example)}): score before packing.")
         if self.config.assistant_only_loss and columns in ([], ["completion_mask"]):
-            raise ValueError(
+            raise SetUpError(
                 "assistant_only_loss=True needs conversations, or 'labels' or 'assistant_masks' with 'input_ids' "
-                f"({_found(example)})."
+                f"({_found(example)})"
             )
         if "completion_mask" in example and columns in ([], ["assistant_masks"]) and not self._warned:
             self._warned = True
@@ -194,35 +219,35 @@ class RowPreparer:
                 self.config.completion_only_loss,
             )
 
-    def _checked(self, ids: np.ndarray, labels: np.ndarray, source: str) -> Row:
+    def _checked(self, ids: np.ndarray, labels: np.ndarray, source: str, *, truncated: bool = True) -> Row:
         """The row, truncated as `SFTTrainer` does, if it can be scored then."""
-        n_tokens, limit, size = len(ids), self.config.max_length, self.vocab_size
+        n_tokens, limit, size = len(ids), self.config.max_length if truncated else None, self.vocab_size
         if n_tokens == 0:
-            raise _UnscorableError(f"no tokens in {source}: fill it or drop the row")
+            raise UnscorableError(f"no tokens in {source}: fill it or drop the row")
         if not (labels != IGNORED).any():
-            raise _UnscorableError(f"no labelled tokens in {source}: label what is to be learnt, or drop the row")
+            raise UnscorableError(f"no labelled tokens in {source}: label what is to be learnt, or drop the row")
         if limit is not None:
             kept = slice(limit) if self.config.truncation_mode == "keep_start" else slice(-limit, None)
             ids, labels = ids[kept], labels[kept]
         row = Row(ids, labels)
         if row.n_labelled == 0 and len(ids) < n_tokens:
-            raise _UnscorableError(
+            raise UnscorableError(
                 f"no labelled tokens left in {source} after truncation of {n_tokens:,} tokens to max_length={limit}: "
                 "raise max_length, or shorten the unlabelled part"
             )
         if row.n_labelled == 0:
-            raise _UnscorableError(
+            raise UnscorableError(
                 f"no labelled tokens in {source} but the first, which nothing predicts: put a prompt or BOS before it"
             )
         if self.max_positions is not None and len(ids) > self.max_positions:
-            raise _UnscorableError(
+            raise UnscorableError(
                 f"{len(ids):,} tokens in {source}, but the model takes {self.max_positions:,}: "
                 f"set max_length={self.max_positions}"
             )
         for column, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
             wrong = values[(values < 0) | (values >= (np.inf if size is None else size))]
             if len(wrong):
-                raise _UnscorableError(
+                raise UnscorableError(
                     f"token id {wrong[0]} in {column!r} is outside the model's vocabulary"
                     f"{'' if size is None else f' of {size:,}'}: use the model's tokenizer, or resize its embeddings"
                 )
@@ -232,8 +257,6 @@ class RowPreparer:
 
     def _tokenise(self, example: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """`input_ids` of a raw row with the masks that apply, and the names of the columns they come from."""
-        from trl.data_utils import common_prefix_length
-
         columns = self._raw_columns(example)
         source = _names(columns)
         if self.processing_class is None:
@@ -243,30 +266,30 @@ class RowPreparer:
             if not isinstance(value, list if chat_only else (str, list)):
                 kind = "None" if value is None else f"a {type(value).__name__}"
                 wanted = "a list of messages" if chat_only else "text or a list of messages"
-                raise _UnscorableError(f"{column!r} is {kind}, not {wanted}: fill it or drop the row")
+                raise UnscorableError(f"{column!r} is {kind}, not {wanted}: fill it or drop the row")
             if len(value) == 0 and (isinstance(value, list) or len(columns) == 1):  # a completion may be EOS alone
-                raise _UnscorableError(f"{column!r} is empty: fill it or drop the row")
+                raise UnscorableError(f"{column!r} is empty: fill it or drop the row")
         prompt = None
         if all(isinstance(example[column], str) for column in columns):
             if self.config.assistant_only_loss:
-                raise ValueError(f"assistant_only_loss=True needs conversations, but {source} is text.")
+                raise SetUpError(f"assistant_only_loss=True needs conversations, but {source} is text")
             text = self._with_eos(example, columns[-1])
             if len(columns) == 2:
                 prompt = self._tokens(source, example["prompt"])
                 text = example["prompt"] + text
             whole = self._tokens(source, text)
         else:
-            messages = _messages(example, columns[-1])
+            messages = messages_of(example, columns[-1])
             options = self._template_options(example)
             if len(columns) == 2:
-                first = _messages(example, "prompt")
+                first = messages_of(example, "prompt")
                 prompt = self._tokens(source, first, add_generation_prompt=True, **options)
                 messages = first + messages
             mask = self.config.assistant_only_loss
             whole = self._tokens(source, messages, return_assistant_tokens_mask=mask, **options)
         tokens: dict[str, Any] = {name: whole[name] for name in ("input_ids", "assistant_masks") if name in whole}
         if 1 not in tokens.get("assistant_masks", [1]):
-            raise _UnscorableError(f"no labelled tokens in {source}: add an assistant's turn, or drop the row")
+            raise UnscorableError(f"no labelled tokens in {source}: add an assistant's turn, or drop the row")
         if prompt is not None:
             start = common_prefix_length(prompt["input_ids"], whole["input_ids"])
             tokens["completion_mask"] = [0] * start + [1] * (len(whole["input_ids"]) - start)
@@ -277,7 +300,7 @@ class RowPreparer:
         if "prompt" in example:
             if "completion" in example:
                 return ["prompt", "completion"]
-        elif _from_value(example.get("conversations")):
+        elif has_from_value(example.get("conversations")):
             return ["conversations"]
         elif isinstance(example.get("messages"), list):
             return ["messages"]
@@ -285,10 +308,10 @@ class RowPreparer:
             for column in (self.config.dataset_text_field, "conversations", "messages"):
                 if column in example:
                     return [column]
-        raise ValueError(
+        raise SetUpError(
             f"no known column ({_found(example)}): give 'input_ids' (with 'labels', 'completion_mask' or "
             "'assistant_masks'), 'prompt' with 'completion', 'messages', 'conversations', or text in the column that "
-            f"dataset_text_field names (now {self.config.dataset_text_field!r})."
+            f"dataset_text_field names (now {self.config.dataset_text_field!r})"
         )
 
     def _with_eos(self, example: Mapping[str, Any], column: str) -> str:
@@ -303,8 +326,6 @@ class RowPreparer:
 
     def _template_options(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments for `apply_chat_template`, with the training template that `SFTTrainer` would swap in."""
-        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
         extra, tools = example.get("chat_template_kwargs") or {}, example.get("tools")
         template = self.processing_class.chat_template
         if template is None and "chat_template" not in extra:
@@ -312,75 +333,85 @@ class RowPreparer:
         if self._template is None:
             swapped = None
             if self.config.assistant_only_loss and template is not None and not has_generation_markers(template):
-                try:
-                    swapped = get_training_chat_template(self.processing_class)
-                except ValueError as error:
-                    raise ValueError(
-                        "assistant_only_loss=True needs {% generation %} markers in the chat template, and trl has no "
-                        "version of it with them: add them, or set assistant_only_loss=False."
-                    ) from error
+                swapped = training_template(self.processing_class)
             self._template = (swapped,)
         try:
             tools = json.loads(tools) if isinstance(tools, str) else tools
             return {"chat_template": self._template[0], "tools": tools, **extra}
         except (TypeError, ValueError) as error:
-            raise _UnscorableError(f"'tools' must be JSON and 'chat_template_kwargs' a mapping: {error}") from error
+            raise UnscorableError("'tools' must be JSON and 'chat_template_kwargs' a mapping") from error
 
     def _tokens(self, source: str, text: str | list[Any], **options: Any) -> Mapping[str, Any]:
         """Tokens of a text, or of messages through the chat template; a processor's batch of one is undone."""
-        from transformers import ProcessorMixin
-        from trl import prepare_multimodal_messages
+        from transformers import ProcessorMixin  # takes seconds, which tokenised rows need not wait for
 
         processor = isinstance(self.processing_class, ProcessorMixin)
         try:
             if isinstance(text, str):
                 tokens = self.processing_class(text=text)
             else:
-                chat = prepare_multimodal_messages(text) if processor else text
+                chat = in_parts(text, source) if processor else text
+                if not processor:
+                    refuse_unread(chat, source, partial(self._text_of, **options))
                 tokens = self.processing_class.apply_chat_template(chat, tokenize=True, return_dict=True, **options)
+        except UnscorableError:
+            raise
         except Exception as error:  # chat templates raise what they like where a conversation is not to their taste
-            raise _UnscorableError(f"{source} cannot be tokenised: {type(error).__name__}: {error}") from error
+            raise UnscorableError(f"{source} cannot be tokenised: {place_of(error)}") from error
         return {name: values[0] for name, values in tokens.items()} if processor else tokens
 
+    def _text_of(self, messages: list[Any], *, return_assistant_tokens_mask: bool = False, **options: Any) -> str:
+        """What the chat template makes of messages."""
+        return self.processing_class.apply_chat_template(messages, tokenize=False, **options)
 
-def needs_collator(example: Any) -> bool:
-    """Whether a data collator, if there is one, should prepare the row: images, or token ids without labels."""
-    if not isinstance(example, Mapping):
-        return False
-    labelled = not {"labels", "completion_mask", "assistant_masks"}.isdisjoint(example)
-    return not IMAGES.isdisjoint(example) or ("input_ids" in example and not labelled)
+
+def has_images(example: Mapping[str, Any]) -> bool:
+    """Whether a row has an image: its columns may be there and empty, beside rows that have some."""
+    return any(not _is_empty(example[column]) for column in IMAGES & example.keys())
+
+
+def _is_empty(images: Any) -> bool:
+    if isinstance(images, (list, tuple)):
+        return all(image is None for image in images)
+    return images is None
+
+
+def refuse_packed(example: Mapping[str, Any]) -> None:
+    """Raises ValueError for a row that holds several samples, told by columns that packing leaves."""
+    lengths = [column for column in example if str(column).startswith(("seq_lengths", "cu_seq"))]
+    why = next((f"{column!r}" for column in lengths if example[column] is not None), None)
+    mask, positions = (_numbers(example.get(column)) for column in ("attention_mask", "position_ids"))
+    if mask is not None and (mask > 1).any():
+        why = "'attention_mask' counts samples"
+    if positions is not None:
+        if mask is not None and len(mask) == len(positions):
+            positions = positions[mask != 0]
+        if (np.diff(positions) <= 0).any():
+            why = "'position_ids' restart"
+    if why is not None:
+        raise ValueError(f"packed rows ({why}; {_found(example)}): score before packing.")
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """A flat list, array or tensor of numbers, None for all else."""
+    try:
+        return None if value is None else _integers({"": value}, "")
+    except UnscorableError:
+        return None
 
 
 def _integers(tokens: Mapping[str, Any], column: str) -> np.ndarray:
     """A list, array or tensor as a new int64 array."""
     value = tokens[column]
     if value is None:
-        raise _UnscorableError(f"{column!r} is None: fill it or drop the row")
+        raise UnscorableError(f"{column!r} is None: fill it or drop the row")
     try:
         array = np.asarray(value.detach().cpu() if torch.is_tensor(value) else value)
     except (TypeError, ValueError):  # ragged lists, dtypes that numpy has not
         array = np.asarray(None)
     if array.ndim != 1 or (len(array) and array.dtype.kind not in "biu"):
-        raise _UnscorableError(f"{column!r} must be one flat list of integers, not this {type(value).__name__}")
+        raise UnscorableError(f"{column!r} must be one flat list of integers, not this {type(value).__name__}")
     return array.astype(np.int64)
-
-
-def _from_value(messages: Any) -> bool:
-    from trl import is_conversational_from_value
-
-    return isinstance(messages, list) and bool(messages) and is_conversational_from_value({"conversations": messages})
-
-
-def _messages(example: Mapping[str, Any], column: str) -> list[Any]:
-    """A column's messages with role and content, as a copy where they come with from and value."""
-    from trl import is_conversational, maybe_convert_to_chatml
-
-    messages = example[column]
-    if _from_value(messages):
-        messages = maybe_convert_to_chatml({"messages": copy.deepcopy(messages)})["messages"]
-    if not is_conversational({"messages": messages}):
-        raise _UnscorableError(f"{column!r} must be a list of messages with 'role' and 'content'")
-    return messages
 
 
 def _names(columns: Sequence[str]) -> str:
@@ -388,4 +419,5 @@ def _names(columns: Sequence[str]) -> str:
 
 
 def _found(example: Mapping[str, Any]) -> str:
-    return f"columns found: {', '.join(map(repr, example))}"
+    names = [repr(column) for column in example]
+    return f"columns found: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -38,6 +38,7 @@ from .fingerprint import digest, hash_weights
 from .fitting import Fit, fit_head
 from .head import Backbone, left_as_found
 from .progress import Pass, Plan, Progress, aside, size
+from .reading import kept
 from .rows import RowConfig, RowPreparer
 from .scores import ForValueScores, make_folder
 
@@ -141,8 +142,8 @@ class ForValueScorer:
         validation_dataset: clean rows of the kind that the fine-tuned model should be good at.
         config: `ForValueConfig`.
         processing_class: tokenizer (or processor) for rows that are not tokenised yet.
-        data_collator: makes model inputs of rows that need more than token ids (images), and labels of rows that
-            come with `input_ids` only.
+        data_collator: the trainer's: it is given copies of the rows, one at a time, and what it makes of them is
+            scored. Not needed for rows that `SFTTrainer` prepares, nor for token ids with labels.
         rows: how rows are prepared, as in `SFTConfig` (`max_length`, `completion_only_loss`, ...).
         progress: say how long it will take and show a bar (on the first rank), or a `Progress` that does.
 
@@ -168,7 +169,7 @@ class ForValueScorer:
         if not isinstance(progress, Progress):
             progress = Progress(*[progress and world()[0] == 0] * 2)
         self.backbone = Backbone(model, self.config.forward_dtype)
-        self.validation_dataset = validation_dataset
+        self.validation_dataset = kept(validation_dataset)
         self.rows = rows or RowConfig()
         self.prepare = RowPreparer(
             processing_class,
@@ -501,7 +502,7 @@ class ForValueScorer:
 
     def _readable_twice(self, dataset: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
         """The data set, a generator's rows kept where `_seen_only` reads them before they are scored."""
-        return list(dataset) if self.config.vocab == "seen" and isinstance(dataset, Iterator) else dataset
+        return kept(dataset) if self.config.vocab == "seen" else dataset
 
     def _seen_only(self, direction: Tensor, dataset: Iterable[Mapping[str, Any]]) -> Tensor:
         """With `vocab="seen"`, the direction without the tokens that are no label anywhere (the paper's Algorithm 1,

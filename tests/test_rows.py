@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import logging
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import get_type_hints
 
 import datasets
@@ -19,7 +21,9 @@ from transformers import CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, L
 from trl import SFTConfig, SFTTrainer, TrlParser
 from trl.chat_template_utils import qwen2_5_chat_template
 
-from forvalue_callbacks.rows import Row, RowConfig, RowPreparer, needs_collator
+from forvalue_callbacks.conversations import refuse_unread
+from forvalue_callbacks.reasons import UnscorableError
+from forvalue_callbacks.rows import Row, RowConfig, RowPreparer
 
 IDS = list(range(10, 22))
 
@@ -104,6 +108,13 @@ OPTIONS = {
     "short-end": {"max_length": 8, "truncation_mode": "keep_end"},
     "unlimited": {"max_length": None},
 }
+
+
+def processor():
+    template = chatml().replace("message.content", "message.content[0].text")
+    return LlavaProcessor(
+        CLIPImageProcessorPil(), build_tokenizer(), patch_size=14, image_token="<pad>", chat_template=template
+    )
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +217,7 @@ def test_a_template_without_markers_is_swapped_like_sft_trainer_does(compare):
 
 @pytest.mark.parametrize("form", ["text", "prompt-completion", "messages", "prompt-completion-messages"])
 def test_text_rows_through_a_processor_are_those_of_sft_trainer(form, compare):
-    template = chatml().replace("message.content", "message.content[0].text")
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(), build_tokenizer(), patch_size=14, image_token="<pad>", chat_template=template
-    )
-    compare(FORMS[form], processor, {})
+    compare(FORMS[form], processor(), {})
 
 
 def test_dropped_rows_are_those_without_labels_after_truncation(tokenizer, compare):
@@ -294,16 +301,6 @@ def test_a_completion_mask_that_does_not_count_is_said_once(caplog):
     assert [record.message.split(":")[-1] for record in caplog.records] == [" set completion_only_loss=True."]
 
 
-def test_tokenised_rows_need_no_trl():
-    code = (
-        "import sys; from forvalue_callbacks.rows import RowPreparer; "
-        "assert RowPreparer()({'input_ids': [1, 2], 'labels': [1, 2]}).n_labelled == 1; "
-        "print('trl.data_utils' in sys.modules)"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "False"
-
-
 # ---- raw rows beyond what SFTTrainer takes ----
 
 
@@ -381,11 +378,33 @@ BAD_ROWS = {
     "messages-texts": ({"messages": ["hello"]}, "'messages' must be a list of messages with 'role' and 'content'"),
     "messages-refused": (
         {"messages": [turn("alien", "x")]},
-        "'messages' cannot be tokenised: TemplateError: no aliens",
+        "'messages' cannot be tokenised: TemplateError in line 5 of the chat template",
     ),
-    "messages-later-text": ({"messages": [turn("user", "x"), "y"]}, "'messages' cannot be tokenised"),
+    "messages-later-text": ({"messages": [turn("user", "x"), "y"]}, "message 1 of 'messages' has no role"),
+    "messages-no-role": ({"messages": [{"content": "x"}]}, "message 0 of 'messages' has no role"),
+    "messages-role-none": ({"messages": [turn(None, "x")]}, "message 0 of 'messages' has no role"),
+    "messages-no-content": ({"messages": [{"role": "user"}]}, "content of message 0 of 'messages' is None, not text"),
+    "messages-content-none": (
+        {"messages": [turn("user", "x"), turn("assistant", None)]},
+        "the content of message 1 of 'messages' is None, not text: fill it or drop the row",
+    ),
+    "messages-content-number": ({"messages": [turn("user", 7)]}, "content of message 0 of 'messages' is a int"),
+    "messages-content-texts": ({"messages": [turn("user", ["x"])]}, "content of message 0 of 'messages' is a list"),
+    "value-none": (
+        {"conversations": chats(from_value)[0] + [from_value("user", None)]},
+        "message 2 of 'conversations'",
+    ),
+    "prompt-content-none": (
+        {"prompt": [turn("user", None)], "completion": [turn("assistant", "x")]},
+        "content of message 0 of 'prompt' is None",
+    ),
+    "image-part": (
+        {"messages": [turn("user", [{"type": "image"}])]},
+        "parts that are no text, and a tokenizer takes text: pass a processor",
+    ),
     "tools": ({"messages": chats()[0], "tools": "{no"}, "'tools' must be JSON"),
     "kwargs": ({"messages": chats()[0], "chat_template_kwargs": "x"}, "'chat_template_kwargs' a mapping"),
+    "halves": ({"text": "half of an emoji \ud83d"}, "'text' cannot be tokenised: "),
     "labels-of-text": ({"text": "the sky", "labels": 1}, "'labels' must be one flat list of integers, not this int"),
 }
 
@@ -411,6 +430,86 @@ def test_a_conversation_without_assistant_says_so():
     assert row.reason == "no labelled tokens in 'messages': add an assistant's turn, or drop the row"
 
 
+def test_nothing_of_a_row_is_in_its_reason():
+    tokenizer = build_tokenizer("{{ raise_exception('no: ' + messages[0]['content']) }}")
+    for reason in (
+        RowPreparer(tokenizer)({"messages": [turn("user", "secret \x1b[31m\ud83d")]}).reason,
+        Row.unscorable("a\nb\x1b[31m\u202e\ud83d" + "x" * 999).reason,
+    ):
+        assert reason.isprintable()
+        assert "secret" not in reason
+        assert len(reason) <= 400
+
+
+@pytest.mark.parametrize("images", [{"images": []}, {"image": None}, {"images": None, "pixel_values": None}])
+def test_an_empty_column_is_no_image(images, tokenizer):
+    for example in (PAIRS[0], {"input_ids": IDS, "labels": IDS}):
+        plain = RowPreparer(tokenizer)(example)
+        assert RowPreparer(tokenizer)({**example, **images}).labels.tolist() == plain.labels.tolist()
+
+
+PARTS = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{{ c.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def test_parts_are_text_where_the_template_reads_them():
+    """A template that reads no parts writes the list out, as Python does."""
+    parts = [turn("user", [{"type": "text", "text": "the sky"}, {"type": "text", "text": " is"}]), turn("x", "blue")]
+    row = RowPreparer(build_tokenizer(PARTS))({"messages": parts})
+    joined = [turn("user", "the sky is"), turn("x", "blue")]
+    assert row.input_ids.tolist() == RowPreparer(build_tokenizer(PARTS))({"messages": joined}).input_ids.tolist()
+    for template in ("{{ messages[0].content }}{{ messages[1].content }}", PARTS.replace("c.text", "c | tojson")):
+        reason = RowPreparer(build_tokenizer(template))({"messages": parts}).reason
+        assert "is a list, which the chat template does not read as text: join its parts" in reason
+
+
+def test_a_turn_that_calls_tools_needs_no_content():
+    calls = {"role": "assistant", "tool_calls": [{"function": {"name": "sky"}}]}
+    template = (
+        "{% for m in messages %}{% if m.content %}{{ m.content }}{% else %}call {{ m.tool_calls[0].function.name }}"
+        "{% endif %}{% endfor %}"
+    )
+    for call in (calls, {**calls, "content": None}, {**calls, "content": ""}):
+        prepare = RowPreparer(tokenizer := build_tokenizer(template))
+        assert tokenizer.decode(prepare({"messages": [turn("user", "None "), call]}).input_ids) == "None call sky"
+    with pytest.raises(UnscorableError, match="is None, which the chat template writes out"):  # newer ones never do
+        refuse_unread(
+            [turn("user", "None"), calls], "'messages'", lambda turns: str([m.get("content") for m in turns])
+        )
+
+
+NO_TRL = """
+import sys
+sys.modules["trl"] = None
+sys.path.insert(0, sys.argv[1])
+from forvalue_callbacks.rows import RowConfig, RowPreparer
+from tokenizers_for_tests import build_tokenizer, chatml
+
+chat = [{"role": "user", "content": "what is the sky"}, {"role": "assistant", "content": "blue"}]
+shared = [{"from": turn["role"], "value": turn["content"]} for turn in chat]
+marked = RowPreparer(build_tokenizer(chatml(markers=True)), RowConfig(assistant_only_loss=True))
+plain = RowPreparer(build_tokenizer(chatml()))
+rows = [{"messages": chat}, {"prompt": chat[:1], "completion": chat[1:]}, {"conversations": shared}]
+for row in rows:
+    assert plain(row).reason is marked(row).reason is None, row
+for row in [{"text": "blue"}, {"prompt": "a", "completion": "b"}, {"input_ids": [1, 2], "labels": [1, 2]}]:
+    assert plain(row).reason is None, row
+try:
+    RowPreparer(plain.processing_class, marked.config)(rows[0])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_rows_need_trl_only_where_a_template_is_swapped():
+    """A fresh process, in which trl cannot be imported."""
+    command = [sys.executable, "-c", NO_TRL, str(Path(__file__).parent)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "trl, which knows templates with them, is not here or too old" in out.stdout
+
+
 # ---- set-ups that cannot work ----
 
 ASSISTANT = RowConfig(assistant_only_loss=True)
@@ -427,20 +526,43 @@ BAD_SET_UPS = {
     "assistant-text": ({"text": "a"}, ASSISTANT, "assistant_only_loss=True needs conversations, but 'text' is text"),
     "assistant-pair": (PAIRS[0], ASSISTANT, "needs conversations, but 'prompt' and 'completion' is text"),
     "assistant-ids": ({"input_ids": IDS}, ASSISTANT, "'labels' or 'assistant_masks' with 'input_ids'"),
-    "assistant-template": ({"messages": chats()[0]}, ASSISTANT, r"needs {% generation %} markers"),
+    "image": (
+        {"image": [[0.0]], "messages": []},
+        None,
+        "rows with images .*'image', 'messages'.*pass a data_collator",
+    ),
+    "images": ({"input_ids": IDS, "labels": IDS, "images": ["x"]}, None, "pass a data_collator"),
+    "many": (dict.fromkeys(map(str, range(99))), None, r"columns found: .* '11', \.\.\.\)"),
+}
+
+
+@pytest.mark.parametrize(("example", "config", "message"), BAD_SET_UPS.values(), ids=BAD_SET_UPS)
+def test_what_no_row_may_have_is_a_reason_of_one_row(example, config, message, tokenizer):
+    row = RowPreparer(tokenizer, config)(example)
+    assert row.set_up
+    assert re.search(message, row.reason)
+
+
+REFUSED = {
+    "assistant-template": ({"messages": chats()[0]}, ASSISTANT, r"needs {% generation %} markers.*trl has no version"),
     "packed": ({"input_ids": IDS, "seq_lengths": [6, 6]}, None, "packed rows .*'seq_lengths'.*score before packing"),
+    "cu_seq_lens": ({"input_ids": IDS, "cu_seq_lens_q": [0, 6]}, None, "packed rows .*'cu_seq_lens_q'"),
+    "counted": (
+        {"input_ids": IDS, "attention_mask": [1] * 6 + [2] * 6},
+        None,
+        "packed rows .*'attention_mask' counts",
+    ),
     "restart": (
         {"input_ids": IDS, "position_ids": [*range(6)] * 2},
         None,
         "packed rows .*restart.*score before packing",
     ),
+    "restart-images": ({"input_ids": IDS, "images": ["x"], "position_ids": [*range(6)] * 2}, None, "packed rows"),
     "single-tokens": ({"input_ids": [1, 2], "position_ids": [0, 0]}, None, "score before packing"),
-    "image": ({"image": None, "messages": []}, None, "rows with images .*'image', 'messages'.*pass a data_collator"),
-    "images": ({"input_ids": IDS, "images": []}, None, "pass a data_collator"),
 }
 
 
-@pytest.mark.parametrize(("example", "config", "message"), BAD_SET_UPS.values(), ids=BAD_SET_UPS)
+@pytest.mark.parametrize(("example", "config", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_set_up_that_cannot_work_raises(example, config, message, tokenizer):
     for _ in range(2):
         prepare = RowPreparer(tokenizer, config)
@@ -471,20 +593,3 @@ def test_conversations_need_a_chat_template(config):
 def test_a_chat_template_may_come_with_the_row(tokenizer):
     example = {"messages": chats()[0], "chat_template_kwargs": {"chat_template": chatml()}}
     assert RowPreparer(build_tokenizer())(example).labels.tolist() == RowPreparer(tokenizer)(example).labels.tolist()
-
-
-@pytest.mark.parametrize(
-    ("example", "needed"),
-    [
-        ({"images": [], "messages": []}, True),
-        ({"image": None}, True),
-        ({"input_ids": IDS, "labels": IDS, "pixel_values": [[0.0]]}, True),
-        ({"input_ids": IDS}, True),
-        ({"input_ids": IDS, "labels": IDS}, False),
-        ({"input_ids": IDS, "assistant_masks": IDS}, False),
-        ({"text": "a"}, False),
-        (None, False),
-    ],
-)
-def test_which_rows_a_collator_prepares(example, needed):
-    assert needs_collator(example) is needed

@@ -1,0 +1,240 @@
+"""Data sets read row by row, and rows through a data collator, which decides what is trained on."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
+from transformers.trainer_utils import RemoveColumnsCollator
+
+from .reasons import UnscorableError, place_of
+from .rows import IGNORED, TOKEN_COLUMNS, Row, RowPreparer, has_images, refuse_packed
+
+logger = logging.getLogger(__name__)
+
+# What a collator may be given, of a row of tokens, where it stumbles over other columns (a trainer removes those of
+# its training rows, and the validation rows have them still).
+MODEL_COLUMNS = (*TOKEN_COLUMNS, "token_type_ids", "special_tokens_mask")
+# What flattening collators say besides; true of one row as it is.
+_OF_FLAT_ROWS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+_ATOMS = {int, float, bool, str, bytes, type(None)}
+
+
+def examples_of(dataset: Iterable[Any]) -> Iterator[Any]:
+    """The rows of a data set in order; by index where it is map-style, since it need not know where it ends.
+
+    Raises:
+        ValueError: a mapping of several data sets.
+    """
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"a {type(dataset).__name__} of data sets is no data set: give one of {', '.join(map(repr, dataset))}."
+        )
+    by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not by_index or isinstance(dataset, (list, tuple, datasets.Dataset, torch.utils.data.IterableDataset)):
+        yield from dataset
+        return
+    rows: Any = dataset
+    for index in range(len(rows)):
+        yield rows[index]
+
+
+def kept(dataset: Any) -> Any:
+    """The data set itself, or the rows of a generator as a list: they are read more than once."""
+    return list(dataset) if isinstance(dataset, Iterator) else dataset
+
+
+def copied(value: Any) -> Any:
+    """A copy deep enough that nothing done to it is done to the original."""
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    if type(value) is list:
+        return value.copy() if all(type(item) in _ATOMS for item in value) else [copied(item) for item in value]
+    if type(value) in _ATOMS:
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # open files, readers of videos: nothing that a collator writes into
+        return value
+
+
+class Collated(NamedTuple):
+    """A row that only a collator makes model inputs of."""
+
+    example: Any  # what the collator is given copies of
+    labels: np.ndarray  # int64 (L,), as the collator makes them, not shifted
+
+
+class Collating:
+    """A data collator that makes one row of each example.
+
+    Every example goes through it alone, as a copy, once: collators may write into what they are given. Where the
+    batch holds token ids and labels and no more, that is the row. Else (images) the batch is thrown away and made
+    again for the forward pass: pixels of thousands of rows would not fit into the memory.
+
+    A collator that only pads is passed by where the row has labels. Raw rows that the collator does not take (the
+    validation rows beside tokenised training rows) are prepared first.
+
+    Raises:
+        ValueError: a collator that masks tokens at random.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]], prepare: RowPreparer):
+        self.collator = collator
+        self.prepare = prepare
+        self._only_pads = only_pads(collator)
+        self._takes_tokens = self._only_pads
+        if getattr(inner(collator), "mlm", False) is True:
+            raise ValueError(
+                f"a {type(inner(collator)).__name__} with mlm=True masks tokens at random, for models that read later "
+                "tokens too: For-Value scores causal language models (mlm=False)."
+            )
+
+    def read(self, example: Any) -> Row | Collated:
+        """One example, left as it is; a `Row` with a reason where it cannot be scored.
+
+        Raises:
+            ValueError: packed rows, and what `RowPreparer` raises.
+        """
+        try:
+            return self._read(example)
+        except UnscorableError as reason:
+            return Row.unscorable(reason)
+
+    def _read(self, example: Any) -> Row | Collated:
+        if not isinstance(example, Mapping):
+            return self._collated(example, example)
+        refuse_packed(example)
+        raw = "input_ids" not in example and not has_images(example)
+        if self._only_pads and (raw or _is_labelled(example)):
+            return self.prepare(example)
+        if raw and self._takes_tokens:
+            return self._prepared(example)
+        try:
+            return self._collated(example, example)
+        except _RefusedError as refused:
+            try:
+                found = self._prepared(example) if raw else self._collated(example, _columns(example))
+            except (UnscorableError, ValueError):
+                raise refused from None
+            if isinstance(found, Row) and found.reason is not None:
+                raise refused from None
+            self._takes_tokens = raw or self._takes_tokens
+            return found
+
+    def _prepared(self, example: Mapping[str, Any]) -> Row | Collated:
+        row = self.prepare(example)
+        if row.reason is not None:
+            return row
+        ids = row.input_ids.tolist()
+        tokens = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": row.labels.tolist()}
+        return self._collated(tokens, tokens)
+
+    def _collated(self, example: Any, given: Any) -> Row | Collated:
+        try:
+            batch = self.collator([copied(given)])
+        except Exception as error:  # whatever a user's collator finds wrong with a row is the row's reason
+            raise _RefusedError(f"the data_collator fails: {place_of(error)}") from error
+        if not isinstance(batch, Mapping):
+            raise UnscorableError(f"the data_collator gives a {type(batch).__name__}, not a mapping with 'input_ids'")
+        for column in ("input_ids", "labels"):
+            if batch.get(column) is None:
+                raise UnscorableError(
+                    f"the data_collator gives no {column!r}: rows are scored as they are trained on, by 'input_ids' "
+                    "and 'labels'"
+                )
+        try:
+            labels = torch.as_tensor(batch["labels"])
+            shape = tuple(torch.as_tensor(batch["input_ids"]).shape)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UnscorableError("the data_collator gives 'input_ids' or 'labels' that are no tensors") from error
+        if len(shape) != 2 or shape[0] != 1 or tuple(labels.shape) != shape:
+            raise UnscorableError(
+                f"the data_collator makes 'input_ids' of shape {shape} and 'labels' of shape {tuple(labels.shape)} of "
+                "one row: both must be (1, tokens)"
+            )
+        if _is_row_of_tokens(batch):
+            return self.prepare.collated(example if isinstance(example, Mapping) else {}, batch)
+        found = labels[0].cpu().numpy().astype(np.int64)
+        if not (found[1:] != IGNORED).any():
+            raise UnscorableError("no labelled tokens after the data_collator")
+        return Collated(given, found)
+
+    def batch(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """Model inputs of several examples, and beside each position the label that it predicts.
+
+        Raises:
+            NotTogetherError: the collator takes them one by one only (it does not pad).
+            ValueError: the collator makes one row of them all.
+        """
+        try:
+            batch = dict(self.collator([copied(example) for example in examples]))
+        except Exception as error:
+            if len(examples) == 1:
+                raise
+            raise NotTogetherError from error
+        if len(batch["input_ids"]) != len(examples):
+            raise ValueError("the data_collator flattens rows into one (padding-free): score with a padding one.")
+        batch["labels"] = nn.functional.pad(torch.as_tensor(batch["labels"])[:, 1:], (0, 1), value=IGNORED)
+        return batch
+
+
+class NotTogetherError(Exception):
+    """A collator that takes each of some examples fails on them together."""
+
+
+class _RefusedError(UnscorableError):
+    """The collator raised."""
+
+
+def inner(collator: Any) -> Any:
+    """The collator itself where `Trainer` has wrapped it."""
+    return inner(collator.data_collator) if isinstance(collator, RemoveColumnsCollator) else collator
+
+
+def only_pads(collator: Any) -> bool:
+    """Whether a collator is known to leave the tokens and labels of a row as they are."""
+    collator = inner(collator)
+    if collator is default_data_collator or collator is transformers.default_data_collator:
+        return True
+    cls = type(collator)
+    of_trl = cls.__module__.split(".")[0] == "trl" and cls.__name__ == "DataCollatorForLanguageModeling"
+    return of_trl or cls in (DataCollatorForSeq2Seq, DataCollatorWithPadding, transformers.DefaultDataCollator)
+
+
+def _is_labelled(example: Mapping[str, Any]) -> bool:
+    types = example.get("token_type_ids")
+    labelled = any(example.get(column) is not None for column in ("labels", "completion_mask", "assistant_masks"))
+    return labelled and not has_images(example) and (types is None or not np.any(types))
+
+
+def _is_row_of_tokens(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch of one is its token ids and labels and no more: plain positions and mask, types all 0."""
+    for column in batch.keys() - {"input_ids", "labels"} - _OF_FLAT_ROWS:
+        value = batch[column]
+        if value is None:
+            continue
+        if column.endswith("token_type_ids"):
+            plain = not np.any(torch.as_tensor(value).cpu().numpy())
+        elif column == "attention_mask":
+            plain = torch.as_tensor(value).ndim == 2
+        elif column == "position_ids":  # those that the model would count itself, or those of a pack, refused later
+            positions = torch.as_tensor(value)
+            plain = positions.ndim == 2 and int(positions.min()) == 0 and bool((positions.diff() <= 1).all())
+        else:
+            plain = False
+        if not plain:
+            return False
+    return True
+
+
+def _columns(example: Mapping[str, Any]) -> dict[str, Any]:
+    return {column: example[column] for column in MODEL_COLUMNS if column in example}
