@@ -71,8 +71,7 @@ def score_labels(
             raise ValueError(f"{side}: none of {len(reasons)} can be scored ({reasons[0] if reasons else 'no rows'}).")
         return kept, reasons, rows_hash
 
-    held_out = [item.example if item.row is None else item.row for item in items]
-    known = list(readable(held_out, "validation rows")[0].values())
+    known = list(readable(items, "validation rows")[0].values())
     if (repeated := _share([answer for _, answer, *_ in known])) < REPEATED:
         raise ValueError(
             f"direction='labels' is for answers that repeat, and {repeated:.0%} of the {len(known)} validation rows "

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from inspect import signature
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,7 @@ class ForValueScorer:
             self.rows,
             max_positions=self.backbone.max_positions,
             vocab_size=self.backbone.head().vocab_size,
+            takes_types="token_type_ids" in signature(type(self.backbone.causal).forward).parameters,
         )
         self.batcher = Batcher(
             self.backbone, self.prepare, data_collator, self.config.max_tokens_per_batch, progress=progress
