@@ -3,10 +3,10 @@
 import logging
 
 import numpy as np
-import pytest
 from conftest import build_model
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
+from forvalue_callbacks.auto import _warn_of_other_forms
 
 EOS = 2
 
@@ -20,12 +20,15 @@ def rows(n, seed, *, eos):
     return out
 
 
-@pytest.mark.parametrize("direction", ["auto", "labels"])
-def test_answers_in_another_form_are_told(direction, caplog):
-    scorer = ForValueScorer(build_model(), rows(60, 0, eos=True), ForValueConfig(direction), progress=False)
+def test_answers_in_another_form_are_told(caplog):
+    scorer = ForValueScorer(build_model(), rows(40, 0, eos=True), ForValueConfig("auto"), progress=False)
     with caplog.at_level(logging.WARNING):
-        scorer.score(rows(30, 1, eos=True))
-        assert "token for token" not in caplog.text
-        scorer.score(rows(30, 1, eos=False))
-    assert "0 of 30 training rows have an answer that a validation row has, token for token" in caplog.text
+        scorer.score(rows(12, 1, eos=False))
+    assert "0 of 12 training rows have an answer that a validation row has, token for token" in caplog.text
     assert "nearly all answers end with the same token, as with EOS" in caplog.text
+
+
+def test_answers_in_one_form_are_not(caplog):
+    answers = [np.array([3 + i, EOS]).tobytes() for i in range(3)]
+    _warn_of_other_forms(answers, [*answers, b"other"])
+    assert not caplog.records
