@@ -157,10 +157,10 @@ class Batcher:
     ):
         self.backbone = backbone
         self.prepare = prepare
+        self._fits_set_up = False  # whether some row to be scored did
         self.collating = None if data_collator is None else Collating(data_collator, prepare)
         self.max_tokens = max_tokens or tokens_per_batch(backbone.device)
         self.progress = progress
-        self._fits_set_up = False  # whether some row to be scored did
 
     def items(self, dataset: Iterable[Mapping[str, Any] | Row]) -> Iterator[tuple[Item, str | None]]:
         """Every row of the data set as an item, with the reason where it cannot be scored; a `Row` and an `Item` stay

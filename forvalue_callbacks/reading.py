@@ -35,12 +35,16 @@ def examples_of(dataset: Iterable[Any]) -> Iterator[Any]:
     """The rows of a data set in order; by index where it is map-style, since it need not know where it ends.
 
     Raises:
-        ValueError: columns, splits or a path in place of rows.
+        ValueError: a mapping of several data sets; columns or a path in place of rows.
     """
+    if isinstance(dataset, Mapping) and all(isinstance(next(iter(rows), None), Mapping) for rows in dataset.values()):
+        raise ValueError(
+            f"a {type(dataset).__name__} of data sets is no data set: give one of {', '.join(map(repr, dataset))}."
+        )
     if isinstance(dataset, (str, Path, Mapping)) or hasattr(dataset, "iloc"):
         raise ValueError(
-            f"a {type(dataset).__name__} is no data set of rows: give one split of it, a list of rows, or what "
-            "datasets.load_dataset, Dataset.from_dict or Dataset.from_pandas makes of it."
+            f"a {type(dataset).__name__} is no data set of rows: give a list of rows, or what datasets.load_dataset, "
+            "Dataset.from_dict or Dataset.from_pandas makes of it."
         )
     by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if isinstance(dataset, (list, tuple)):
@@ -198,7 +202,8 @@ class Collating:
         for column in ("input_ids", "labels"):
             if batch.get(column) is None:
                 raise UnscorableError(
-                    f"the data_collator gives no {column!r}: rows are scored by the labels that they are trained on"
+                    f"the data_collator gives no {column!r}: rows are scored as they are trained on, by 'input_ids' "
+                    "and 'labels'"
                 )
         try:
             labels = torch.as_tensor(batch["labels"])
@@ -317,8 +322,11 @@ def _is_row_of_tokens(batch: Mapping[str, Any]) -> bool:
             continue
         if column.endswith("token_type_ids"):
             plain = not np.any(torch.as_tensor(value).cpu().numpy())
-        elif column in TOKEN_COLUMNS:
+        elif column == "attention_mask":
             plain = torch.as_tensor(value).ndim == 2
+        elif column == "position_ids":  # those that the model would count itself, or those of a pack, refused later
+            positions = torch.as_tensor(value)
+            plain = positions.ndim == 2 and int(positions.min()) == 0 and bool((positions.diff() <= 1).all())
         else:
             plain = False
         if not plain:

@@ -25,7 +25,7 @@ def printable(reason: str) -> str:
 def place_of(error: BaseException) -> str:
     """Type of an exception and where it comes from; not its text, which may quote the row.
 
-    The place is the line of a chat template, or of the innermost code that is in no installed package.
+    The place is the line of a chat template, or else of the innermost code that is in no installed package, if any is.
     """
     frames = [(frame.f_code, line) for frame, line in walk_tb(error.__traceback__)][1:]  # without who caught it
     name = type(error).__name__
@@ -33,7 +33,7 @@ def place_of(error: BaseException) -> str:
     if templates:
         return f"{name} in line {templates[-1]} of the chat template"
     own = [(code, line) for code, line in frames if "site-packages" not in code.co_filename]
-    if not own:
+    if not frames:
         return name
-    code, line = own[-1]
+    code, line = (own or frames)[-1]
     return f"{name} in {code.co_name} ({Path(code.co_filename).name}, line {line})"

@@ -156,7 +156,9 @@ class RowPreparer:
         Truncated where the example was tokenised already, since `SFTTrainer` truncates before it collates; what a
         collator makes of raw rows is trained on as it is.
         """
-        refuse_packed(batch_row := {column: batch[column][0] for column in TOKEN_COLUMNS if column in batch})
+        refuse_packed(
+            batch_row := {column: batch[column][0] for column in TOKEN_COLUMNS if batch.get(column) is not None}
+        )
         try:
             ids, labels, _ = self._labelled(batch_row, batch_row)
             truncated = "input_ids" in example

@@ -129,8 +129,8 @@ class ForValueScorer:
         validation_dataset: clean rows of the kind that the fine-tuned model should be good at.
         config: `ForValueConfig`.
         processing_class: tokenizer (or processor) for rows that are not tokenised yet.
-        data_collator: makes model inputs of rows that need more than token ids (images), and labels of rows that
-            come with `input_ids` only.
+        data_collator: the trainer's: it is given copies of the rows, one at a time, and what it makes of them is
+            scored. Not needed for rows that `SFTTrainer` prepares, nor for token ids with labels.
         rows: how rows are prepared, as in `SFTConfig` (`max_length`, `completion_only_loss`, ...).
         progress: show progress bars (on the first rank).
 

@@ -55,6 +55,16 @@ class Record(TrainerCallback):
         self.rates.append(lr_scheduler.get_last_lr()[0])
 
 
+class FromHereOn(TrainerCallback):
+    """Forgets what a collator has noted while the rows were scored: they go through it too."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_train_begin(self, *args, **kwargs):
+        self.seen.clear()
+
+
 def make_trainer(tmp_path, callbacks=(), train=None, model=None, record=None, **options):
     settings = {
         "output_dir": str(tmp_path),
@@ -79,7 +89,7 @@ def make_trainer(tmp_path, callbacks=(), train=None, model=None, record=None, **
         args=TrainingArguments(**{**settings, **options}),
         train_dataset=Dataset.from_list(rows_with_id()) if train is None else train,
         data_collator=collate_and_note,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, FromHereOn(seen)],
     )
     trainer.seen = seen
     return trainer
@@ -308,7 +318,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 sys.path.insert(0, sys.argv[1])
 from conftest import build_model
-from test_callback import VALIDATION, Drop, ForValueCallback, ForValueConfig, collate, rows_with_id
+from test_callback import VALIDATION, Drop, FromHereOn, ForValueCallback, ForValueConfig, collate, rows_with_id
 
 seen = []
 def note(rows):
@@ -321,7 +331,7 @@ args = TrainingArguments(
     save_strategy="no", disable_tqdm=True, seed=5, train_sampling_strategy=sys.argv[4],
 )
 trainer = Trainer(build_model(), args=args, train_dataset=Dataset.from_list(rows_with_id()), data_collator=note,
-                  callbacks=[callback])
+                  callbacks=[callback, FromHereOn(seen)])
 trainer.train()
 with open(f"{sys.argv[2]}/rank{args.process_index}.json", "w") as file:
     json.dump({"scores": callback.scores.values.tolist(), "seen": seen, "world": args.world_size}, file)

@@ -215,25 +215,33 @@ def test_batches_are_joined_until_the_head_has_enough_positions():
     assert all(n >= 20 for n in seen[:-1])
 
 
-def test_the_next_window_is_read_while_the_model_runs(monkeypatch):
-    """The second window has been asked for when the first one's results come, the third has not."""
+def test_the_next_window_is_tokenised_while_the_model_runs(monkeypatch):
+    """In a thread of its own; rows are read in that of the caller, the third window after the first one's results."""
     monkeypatch.setattr(batching, "WINDOW", 4)
-    asked, read = [], threading.Event()
+    asked, tokenised, ready = [], [], threading.Event()
 
     def rows():
-        for i, row in enumerate(TRAIN):
-            asked.append((i, threading.current_thread()))
-            if i == 7:
-                read.set()
+        for row in TRAIN:
+            asked.append(threading.current_thread())
             yield row
 
     scorer = ForValueScorer(build_model(), VALIDATION, progress=False)
+    prepare = scorer.batcher.prepare
+
+    def noted(example):
+        tokenised.append(threading.current_thread())
+        if len(tokenised) == 8:
+            ready.set()
+        return prepare(example)
+
+    scorer.batcher.prepare = noted
     windows = scorer.batcher.windows(rows(), lambda batch: batch.lengths, "rows")
     assert len(next(windows)[0]) == 4
-    assert read.wait(10)
+    assert ready.wait(10)
     assert len(asked) == 8
-    assert {thread for _, thread in asked} != {threading.main_thread()}
     assert sum(len(window) for window, _ in windows) == len(TRAIN) - 4
+    assert set(asked) == {threading.main_thread()}
+    assert threading.main_thread() not in tokenised
 
 
 def test_a_broken_data_set_raises_its_own_error():
