@@ -32,6 +32,8 @@ MIN_ROWS = 40
 REPEATED = 0.5
 # The passes by name.
 HALVES, VALIDATION, ROWS = ("first half of the validation rows", "second half"), "validation rows", "rows to score"
+# Below such a share of training rows with an answer of the validation rows, the two are in different forms.
+AGREEING = 0.1
 
 
 def share_repeated(items: Sequence[Item]) -> float:
@@ -93,8 +95,7 @@ def score_labels(
             raise ValueError(f"{side}: none of {len(reasons)} can be scored ({reasons[0] if reasons else 'no rows'}).")
         return kept, reasons, rows_hash
 
-    held_out = [item.example if item.row is None else item.row for item in items]
-    known = list(readable(held_out, VALIDATION)[0].values())
+    known = list(readable(items, VALIDATION)[0].values())
     if (repeated := _share([answer for _, answer, *_ in known])) < REPEATED:
         raise ValueError(
             f"direction='labels' is for answers that repeat, and {repeated:.0%} of the {len(known)} validation rows "
@@ -105,6 +106,7 @@ def score_labels(
     numbers = {answer: k for k, answer in enumerate(sorted({answer for _, answer, *_ in (*known, *rows)}))}
     features = [torch.stack([x for x, *_ in side]) for side in (known, rows)]
     answers = [np.array([numbers[answer] for _, answer, *_ in side]) for side in (known, rows)]
+    _warn_of_other_forms([answer for _, answer, *_ in known], [answer for _, answer, *_ in rows])
     batcher.progress.now("fitting the label model")
     fit = fit_labels(features[0], answers[0], features[1], answers[1])
     report = [
@@ -126,6 +128,24 @@ def score_labels(
     _, _, log_likelihood, n_labelled, _ = zip(*rows, strict=True)
     scores = ForValueScores.of_scored(reasons, index, fit.log_odds, log_likelihood, n_labelled, {"noise": noise})
     return scores, data_hash
+
+
+def _warn_of_other_forms(known: Sequence[bytes], answers: Sequence[bytes]) -> None:
+    """Says so where training rows have hardly an answer of the validation rows, token for token."""
+    among = set(known)
+    agree = sum(answer in among for answer in answers)
+    if agree >= AGREEING * len(answers):
+        return
+    text = (
+        "%d of %d training rows have an answer that a validation row has, token for token: the answers of both sides "
+        "seem to be tokenised in different forms, and right ones are then taken for wrong ones. Prepare both alike%s."
+    )
+    ends = [Counter(answer[-8:] for answer in side).most_common(1)[0] for side in (known, answers)]
+    one_sided = ends[0][0] != ends[1][0] and any(
+        n > 0.9 * len(side) for (_, n), side in zip(ends, (known, answers), strict=True)
+    )
+    hint = " (on one side nearly all answers end with the same token, as with EOS, and on the other they do not)"
+    logger.warning(text, agree, len(answers), hint if one_sided else "")
 
 
 def score_auto(

@@ -17,13 +17,13 @@ import torch
 import xxhash
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets.fingerprint import Hasher
-from torch import Tensor
+from torch import Tensor, nn
 
 from .core import working_dtype
 from .head import Backbone
 from .prefixes import pack, padded_tokens, shared_prefixes
 from .progress import Progress, aside, size
-from .reading import Collated, Collating, NotTogetherError, examples_of
+from .reading import Collated, Collating, NotTogetherError, examples_of, n_bytes, together
 from .rows import IGNORED, Row, RowPreparer
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 16384
 WORTH_SHARING = 0.8
 # Rows per batch where a data collator makes the batch (images), whose token count nobody knows before.
 COLLATED_ROWS = 8
+# What a collator has made of rows is kept until they are run, as long as it takes no more memory than this.
+MADE_BYTES = 2**30
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Item:
     index: int
     row: Row | None
     example: Any = None
+    made: dict[str, Any] | None = None  # the batch of one that the collator has made; None: made again when needed
     collated: np.ndarray | None = None  # the example's labels as the collator makes them
     n_shared: int = 0  # how many of its first tokens are run once for all rows of its batch that begin with them
 
@@ -79,13 +82,15 @@ class Item:
     def predicting(self, start: int = 0) -> Row:
         """Those tokens from `start` on, and beside each the label that it predicts."""
         assert self.row is not None
-        return Row(self.row.input_ids[start : self.tokens], self.row.labels[start + 1 : self.tokens + 1])
+        ids, labels = self.row.input_ids[start : self.tokens], self.row.labels[start + 1 : self.tokens + 1]
+        return replace(self.row, input_ids=ids, labels=labels)
 
     def hash(self) -> str:
         """Hash of the row as the model sees it."""
         if self.row is None:
             return xxhash.xxh3_64_hexdigest(Hasher.hash(self.example).encode() + self.answer)
-        return xxhash.xxh3_64_hexdigest(self.row.input_ids.tobytes() + b"|" + self.row.labels.tobytes())
+        types = b"|0" if self.row.typed else b""
+        return xxhash.xxh3_64_hexdigest(self.row.input_ids.tobytes() + b"|" + self.row.labels.tobytes() + types)
 
 
 def answer_of(labels: np.ndarray) -> bytes:
@@ -166,24 +171,35 @@ class Batcher:
         self.progress = progress or Progress(lines=False, bars=False)
 
     def items(self, dataset: Iterable[Mapping[str, Any] | Row]) -> Iterator[tuple[Item, str | None]]:
-        """Every row of the data set as an item, with the reason where it cannot be scored; a `Row` stays as it is."""
-        return itertools.starmap(self._item, enumerate(examples_of(dataset)))
+        """Every row of the data set as an item, with the reason where it cannot be scored; a `Row` and an `Item` stay
+        as they are. What a collator made is kept up to `MADE_BYTES`."""
+        left = MADE_BYTES
+        for item, reason in itertools.starmap(self._item, enumerate(examples_of(dataset))):
+            left -= n_bytes(item.made or {})
+            yield (item if left >= 0 else replace(item, made=None)), reason
 
     def _item(self, index: int, example: Any) -> tuple[Item, str | None]:
+        if isinstance(example, Item):
+            return replace(example, index=index), None
         if isinstance(example, Row):
             found: Row | Collated = example
         else:
             found = self.prepare(example) if self.collating is None else self.collating.read(example)
         if isinstance(found, Row):
             return Item(index, found), found.reason
-        return Item(index, None, found.example, found.labels), None
+        return Item(index, None, found.example, found.batch, found.labels), None
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        """Model inputs, and beside each position the label that it predicts."""
+        """Model inputs, and beside each position the label that it predicts.
+
+        Raises:
+            NotTogetherError: rows that the model must read one by one.
+        """
         if items[0].row is not None:
             return pad([item.predicting() for item in items])
         assert self.collating is not None
-        return self.collating.batch([item.example for item in items])
+        batch = together([item.made or self.collating.again(item.example) for item in items])
+        return {**batch, "labels": nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)}
 
     def _batches(self, items: list[Item], states: bool) -> list[list[Item]]:
         tokens = [item for item in items if item.row is not None]
@@ -207,7 +223,9 @@ class Batcher:
         """
         rows = [item.row for item in items if item.row is not None]
         # The position that predicts the first label must be run for each row, or its hidden state would be missing.
-        prompts = [row.input_ids[: max(0, int((row.labels != IGNORED).argmax()) - 1)] for row in rows]
+        prompts = [
+            row.input_ids[: 0 if row.typed else max(0, int((row.labels != IGNORED).argmax()) - 1)] for row in rows
+        ]
         n_shared = shared_prefixes(prompts)
         sharing = [replace(item, n_shared=int(n)) for item, n in zip(items, n_shared, strict=True) if n]
         beginnings = {item.prefix: item.n_shared for item in sharing}
@@ -370,10 +388,8 @@ class Batcher:
         Raises:
             ValueError: no row of the data set fits the set-up, and none of those before did.
         """
-        stream = enumerate(examples_of(dataset))
-        windows = iter(lambda: list(islice(stream, WINDOW)), [])
         reason = None
-        for window in self._prepared(windows):
+        for window in self._windows(enumerate(examples_of(dataset))):
             wrong = [item.row is not None and item.row.set_up for item, _ in window]
             self._fits_set_up |= not all(wrong)
             reason = reason or window[0][1]
@@ -381,17 +397,26 @@ class Batcher:
         if reason is not None and not self._fits_set_up:
             raise ValueError(f"no row can be scored: {reason}.")
 
-    def _prepared(self, windows: Iterator[list[tuple[int, Any]]]) -> Iterator[list[tuple[Item, str | None]]]:
+    def _windows(self, rows: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[Item, str | None]]]:
+        if self.collating is not None:  # it belongs to this thread as the data set does
+            window, held = [], 0
+            for index, example in rows:
+                window.append(self._item(index, example))
+                held += n_bytes(window[-1][0].made or {})
+                if len(window) == WINDOW or held > MADE_BYTES:
+                    yield window
+                    window, held = [], 0
+            if window:
+                yield window
+            return
+
         def items(window: list[tuple[int, Any]]) -> list[tuple[Item, str | None]]:
             return list(itertools.starmap(self._item, window))
 
-        if self.collating is not None:  # the batches of this window need it too, and it may not bear two threads
-            yield from map(items, windows)
-            return
         with ThreadPoolExecutor(1) as worker:
-            ahead = worker.submit(items, next(windows, []))
+            ahead = worker.submit(items, list(islice(rows, WINDOW)))
             while window := ahead.result():
-                ahead = worker.submit(items, next(windows, []))
+                ahead = worker.submit(items, list(islice(rows, WINDOW)))
                 yield window
 
 
@@ -413,7 +438,8 @@ def padded(batch: Sequence[Item]) -> int:
 
 
 def pad(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Rows padded on the right: `input_ids`, `attention_mask`, `labels`, (rows, longest) each."""
+    """Rows padded on the right: `input_ids`, `attention_mask`, `labels`, (rows, longest) each; token types if they
+    come with them."""
     shape = (len(rows), max(len(row.input_ids) for row in rows))
     input_ids = torch.zeros(shape, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.long)
@@ -423,7 +449,8 @@ def pad(rows: Sequence[Row]) -> dict[str, Tensor]:
         input_ids[i, :n] = torch.from_numpy(row.input_ids)
         attention_mask[i, :n] = 1
         labels[i, :n] = torch.from_numpy(row.labels)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {**batch, "token_type_ids": torch.zeros(shape, dtype=torch.long)} if rows[0].typed else batch
 
 
 def cut(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .reasons import UnscorableError
+from .reasons import SetUpError, UnscorableError
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -132,21 +132,21 @@ def training_template(processing_class: Any) -> str | None:
     """The chat template with generation markers that `SFTTrainer` would swap in for one without; None: it needs none.
 
     Raises:
-        ValueError: TRL has none for this template, or is not there (this is all that it is needed for).
+        SetUpError: TRL has none for this template, or is not there (this is all that it is needed for).
     """
     needed = "assistant_only_loss=True needs {% generation %} markers in the chat template, and "
-    instead = ": add them, or set assistant_only_loss=False."
+    instead = ": add them, or set assistant_only_loss=False"
     try:
         from trl.chat_template_utils import get_training_chat_template
     except ImportError as error:
-        raise ValueError(
-            f"{needed}trl, which knows templates with them, is not here or too old{instead[:-1]}, or install "
-            "'forvalue-callbacks[trl]'."
+        raise SetUpError(
+            f"{needed}trl, which knows templates with them, is not here or too old{instead}, or install "
+            "'forvalue-callbacks[trl]'"
         ) from error
     try:
         return get_training_chat_template(processing_class)
     except ValueError as error:
-        raise ValueError(f"{needed}trl has no version of it with them{instead}") from error
+        raise SetUpError(f"{needed}trl has no version of it with them{instead}") from error
 
 
 def common_prefix_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ What counts as the answer of a row is its longest run of labelled tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def corrupted(
             continue
         ids = np.concatenate([row.input_ids[: span.start], changed, row.input_ids[span.stop :]])
         labels = np.concatenate([row.labels[: span.start], changed, row.labels[span.stop :]])
-        copy = Row(ids[:max_length], labels[:max_length])
+        copy = replace(row, input_ids=ids[:max_length], labels=labels[:max_length])
         out.append(copy if copy.n_labelled else None)
     return out
 

@@ -159,7 +159,7 @@ class Evidence:
         for i, item in enumerate(batch.items):
             assert item.row is not None
             answer = item.row.labels[1:][item.row.labels[1:] != IGNORED]
-            alone = Row(np.append(self.bos, answer), np.append(IGNORED, answer))
+            alone = replace(item.row, input_ids=np.append(self.bos, answer), labels=np.append(IGNORED, answer))
             overlap = self._overlap(item.row)
             row = np.array([log_p[i] / n[i], log_p[i] / n[i], temperature[i], last[i], np.log(n[i]), overlap])
             out.append(_WholeRow(row, half[i], prompts[i], float(log_p[i]), int(n[i]), alone))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 import transformers
-from torch import nn
+from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
@@ -32,19 +35,38 @@ def examples_of(dataset: Iterable[Any]) -> Iterator[Any]:
     """The rows of a data set in order; by index where it is map-style, since it need not know where it ends.
 
     Raises:
-        ValueError: a mapping of several data sets.
+        ValueError: a mapping of several data sets; columns or a path in place of rows.
     """
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, Mapping) and all(isinstance(next(iter(rows), None), Mapping) for rows in dataset.values()):
         raise ValueError(
             f"a {type(dataset).__name__} of data sets is no data set: give one of {', '.join(map(repr, dataset))}."
         )
+    if isinstance(dataset, (str, Path, Mapping)) or hasattr(dataset, "iloc"):
+        raise ValueError(
+            f"a {type(dataset).__name__} is no data set of rows: give a list of rows, or what datasets.load_dataset, "
+            "Dataset.from_dict or Dataset.from_pandas makes of it."
+        )
     by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if not by_index or isinstance(dataset, (list, tuple, datasets.Dataset, torch.utils.data.IterableDataset)):
-        yield from dataset
-        return
+    if isinstance(dataset, (list, tuple)):
+        return iter(dataset)
+    if isinstance(dataset, datasets.Dataset):
+        return _apart(dataset) if dataset.format["type"] == "custom" else iter(dataset)
+    if not by_index or isinstance(dataset, torch.utils.data.IterableDataset):
+        return _apart(dataset)
     rows: Any = dataset
-    for index in range(len(rows)):
-        yield rows[index]
+    return _apart(rows[index] for index in range(len(rows)))
+
+
+def _apart(dataset: Iterable[Any]) -> Iterator[Any]:
+    """Rows that may be made with random numbers (transforms that augment)."""
+    rows, random_numbers = iter(dataset), OwnRandomness()
+    while True:
+        with random_numbers:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+        yield row
 
 
 def kept(dataset: Any) -> Any:
@@ -66,19 +88,49 @@ def copied(value: Any) -> Any:
         return value
 
 
+class OwnRandomness(AbstractContextManager[None]):
+    """Random numbers of a data set's or a collator's own: those of the run go on as if none had been drawn.
+
+    The states of Python's, numpy's and torch's generator (CPU) are swapped for those at the end of the last time.
+    """
+
+    def __init__(self) -> None:
+        self._own: tuple[Any, ...] | None = None
+
+    def __enter__(self) -> None:
+        self._found = _random_states()
+        if self._own is not None:
+            _set_random_states(self._own)
+
+    def __exit__(self, *error: object) -> None:
+        self._own = _random_states()
+        _set_random_states(self._found)
+
+
+def _random_states() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
 class Collated(NamedTuple):
     """A row that only a collator makes model inputs of."""
 
-    example: Any  # what the collator is given copies of
+    example: Any  # what the collator was given a copy of
     labels: np.ndarray  # int64 (L,), as the collator makes them, not shifted
+    batch: dict[str, Any]  # what it made, a batch of one
 
 
 class Collating:
     """A data collator that makes one row of each example.
 
-    Every example goes through it alone, as a copy, once: collators may write into what they are given. Where the
-    batch holds token ids and labels and no more, that is the row. Else (images) the batch is thrown away and made
-    again for the forward pass: pixels of thousands of rows would not fit into the memory.
+    Every example goes through it alone, as a copy, once: collators may write into what they are given, and draw
+    random numbers (which are not those of the run). Where the batch holds token ids and labels and no more, that is
+    the row. Else (images) it is what the forward pass is made of (`together`).
 
     A collator that only pads is passed by where the row has labels. Raw rows that the collator does not take (the
     validation rows beside tokenised training rows) are prepared first.
@@ -90,7 +142,9 @@ class Collating:
     def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]], prepare: RowPreparer):
         self.collator = collator
         self.prepare = prepare
+        self._random_numbers = OwnRandomness()
         self._only_pads = only_pads(collator)
+        self._drops_types = of_trl(collator)
         self._takes_tokens = self._only_pads
         if getattr(inner(collator), "mlm", False) is True:
             raise ValueError(
@@ -115,7 +169,7 @@ class Collating:
         refuse_packed(example)
         raw = "input_ids" not in example and not has_images(example)
         if self._only_pads and (raw or _is_labelled(example)):
-            return self.prepare(example)
+            return self.prepare(_without_types(example) if self._drops_types else example)
         if raw and self._takes_tokens:
             return self._prepared(example)
         try:
@@ -140,7 +194,7 @@ class Collating:
 
     def _collated(self, example: Any, given: Any) -> Row | Collated:
         try:
-            batch = self.collator([copied(given)])
+            batch = self._call(given)
         except Exception as error:  # whatever a user's collator finds wrong with a row is the row's reason
             raise _RefusedError(f"the data_collator fails: {place_of(error)}") from error
         if not isinstance(batch, Mapping):
@@ -166,29 +220,68 @@ class Collating:
         found = labels[0].cpu().numpy().astype(np.int64)
         if not (found[1:] != IGNORED).any():
             raise UnscorableError("no labelled tokens after the data_collator")
-        return Collated(given, found)
+        return Collated(given, found, _tensors(batch))
 
-    def batch(self, examples: Sequence[Any]) -> dict[str, Any]:
-        """Model inputs of several examples, and beside each position the label that it predicts.
+    def again(self, example: Any) -> dict[str, Any]:
+        """The batch of one that the collator makes of an example that it has been given before."""
+        return _tensors(self._call(example))
 
-        Raises:
-            NotTogetherError: the collator takes them one by one only (it does not pad).
-            ValueError: the collator makes one row of them all.
-        """
-        try:
-            batch = dict(self.collator([copied(example) for example in examples]))
-        except Exception as error:
-            if len(examples) == 1:
-                raise
-            raise NotTogetherError from error
-        if len(batch["input_ids"]) != len(examples):
-            raise ValueError("the data_collator flattens rows into one (padding-free): score with a padding one.")
-        batch["labels"] = nn.functional.pad(torch.as_tensor(batch["labels"])[:, 1:], (0, 1), value=IGNORED)
-        return batch
+    def _call(self, example: Any) -> Any:
+        with self._random_numbers:
+            return self.collator([copied(example)])
+
+
+def _tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: torch.as_tensor(value) if isinstance(value, np.ndarray) or name in TOKEN_COLUMNS else value
+        for name, value in batch.items()
+        if value is not None
+    }
+
+
+def n_bytes(batch: Mapping[str, Any]) -> int:
+    """How much memory the tensors of a batch take."""
+    return sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))
+
+
+def together(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One batch of several of one row each: what there is one of for each token is padded on the right, all else
+    (pixels, sizes of images) put together along its first dimension.
+
+    Raises:
+        NotTogetherError: other inputs or shapes in one than in another, or inputs of an unknown kind.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    out = {}
+    for name in dict.fromkeys(name for batch in batches for name in batch):
+        values = [batch.get(name) for batch in batches]
+        tensors = [value for value in values if isinstance(value, Tensor) and value.ndim > 0]
+        if len(tensors) < len(values):
+            raise NotTogetherError
+        if all(value.shape == (1, n) for value, n in zip(tensors, lengths, strict=True)):
+            # Token ids go on with the last one, which is no place of an image where the row ends with an answer.
+            pads = [
+                value[:, -1:] if name == "input_ids" else torch.tensor([[_PADS.get(name, 0)]]) for value in tensors
+            ]
+            tensors = [
+                torch.cat([value, pad.to(value).expand(1, max(lengths) - n)], 1)
+                for value, pad, n in zip(tensors, pads, lengths, strict=True)
+            ]
+        elif any(n in value.shape[1:] for value, n in zip(tensors, lengths, strict=True)):
+            raise NotTogetherError  # one for each token, and nobody knows which dimension is that of the rows
+        if len({value.shape[1:] for value in tensors}) > 1:
+            raise NotTogetherError
+        out[name] = torch.cat(tensors)
+    return out
+
+
+_PADS = {"labels": IGNORED}
 
 
 class NotTogetherError(Exception):
-    """A collator that takes each of some examples fails on them together."""
+    """Rows that a collator has made cannot be put into one batch."""
 
 
 class _RefusedError(UnscorableError):
@@ -205,9 +298,14 @@ def only_pads(collator: Any) -> bool:
     collator = inner(collator)
     if collator is default_data_collator or collator is transformers.default_data_collator:
         return True
-    cls = type(collator)
-    of_trl = cls.__module__.split(".")[0] == "trl" and cls.__name__ == "DataCollatorForLanguageModeling"
-    return of_trl or cls in (DataCollatorForSeq2Seq, DataCollatorWithPadding, transformers.DefaultDataCollator)
+    padding = (DataCollatorForSeq2Seq, DataCollatorWithPadding, transformers.DefaultDataCollator)
+    return of_trl(collator) or type(collator) in padding
+
+
+def of_trl(collator: Any) -> bool:
+    """Whether this is the collator of `SFTTrainer`, which takes 'input_ids' and 'labels' of a row and no more."""
+    cls = type(inner(collator))
+    return cls.__module__.split(".")[0] == "trl" and cls.__name__ == "DataCollatorForLanguageModeling"
 
 
 def _is_labelled(example: Mapping[str, Any]) -> bool:
@@ -234,6 +332,10 @@ def _is_row_of_tokens(batch: Mapping[str, Any]) -> bool:
         if not plain:
             return False
     return True
+
+
+def _without_types(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {column: value for column, value in example.items() if column != "token_type_ids"}
 
 
 def _columns(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ class Row:
     labels: np.ndarray  # int64 (L,), aligned with input_ids (not shifted); -100: not scored
     reason: str | None = None  # then the arrays are empty
     set_up: bool = False  # the reason is one of the set-up, if no row is without such
+    typed: bool = False  # it comes with token types, all 0, and the model takes them: GPT-2 adds an embedding of 0
 
     @classmethod
     def unscorable(cls, reason: str | UnscorableError) -> Row:
@@ -110,6 +111,7 @@ class RowPreparer:
         config: `RowConfig`.
         max_positions: how many tokens the model takes.
         vocab_size: what token ids and labels must be below.
+        takes_types: the model takes 'token_type_ids'.
     """
 
     def __init__(
@@ -119,23 +121,25 @@ class RowPreparer:
         *,
         max_positions: int | None = None,
         vocab_size: int | None = None,
+        takes_types: bool = False,
     ):
         self.processing_class = processing_class
         self.config = config or RowConfig()
         self.max_positions = max_positions
         self.vocab_size = vocab_size
+        self.takes_types = takes_types
         self._template: tuple[str | None] | None = None  # looked up at the first conversation
         self._warned = False
 
     def __call__(self, example: Mapping[str, Any]) -> Row:
         """One row, left as it is. If it cannot be scored, the answer has a `reason` that says what to do.
 
-        `set_up` is true where the reason is one of the set-up, if all rows have such: no known column, images, and
-        `assistant_only_loss` without a conversation.
+        `set_up` is true where the reason is one of the set-up, if all rows have such: no known column, images, raw
+        rows without a tokenizer (or one without EOS or chat template), `assistant_only_loss` without a conversation or
+        a template with generation markers.
 
         Raises:
-            ValueError: the set-up is wrong, not just this row: raw rows without a tokenizer (or one without EOS or
-                chat template), `assistant_only_loss` without a template with generation markers, packed rows.
+            ValueError: packed rows.
         """
         if not isinstance(example, Mapping):
             name = type(example).__name__
@@ -158,19 +162,23 @@ class RowPreparer:
         try:
             ids, labels, _ = self._labelled(batch_row, batch_row)
             truncated = "input_ids" in example
-            return self._checked(ids, labels, "'labels' of the data_collator", truncated=truncated)
+            row = self._checked(ids, labels, "'labels' of the data_collator", truncated=truncated)
+            return replace(row, typed=self.takes_types and batch.get("token_type_ids") is not None)
         except UnscorableError as reason:
             return Row.unscorable(reason)
 
     def _prepare(self, example: Mapping[str, Any]) -> Row:
         if has_images(example):
             raise SetUpError(f"rows with images ({_found(example)}) need their own preparation: pass a data_collator")
-        if "input_ids" in example:
-            ids, labels, source = self._labelled(example, example)
-        else:
+        if "input_ids" not in example:
             tokens, source = self._tokenise(example)
             ids, labels, _ = self._labelled(example, {**example, **tokens})
-        return self._checked(ids, labels, source)
+            return self._checked(ids, labels, source)
+        types = example.get("token_type_ids") if self.takes_types else None
+        if types is not None and np.any(_integers({"token_type_ids": types}, "token_type_ids")):
+            raise SetUpError("'token_type_ids' that are not all 0 change what the model reads: pass the data_collator")
+        row = self._checked(*self._labelled(example, example))
+        return replace(row, typed=types is not None)
 
     def _labelled(self, example: Mapping[str, Any], tokens: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
         """Token ids and labels without padding, not truncated yet, and the columns that the labels come from."""
@@ -260,7 +268,7 @@ class RowPreparer:
         columns = self._raw_columns(example)
         source = _names(columns)
         if self.processing_class is None:
-            raise ValueError(f"raw rows ({_found(example)}) need a tokenizer: pass processing_class.")
+            raise SetUpError(f"raw rows ({_found(example)}) need a tokenizer: pass processing_class")
         for column in columns:
             value, chat_only = example[column], column in ("messages", "conversations")
             if not isinstance(value, list if chat_only else (str, list)):
@@ -319,7 +327,7 @@ class RowPreparer:
         field = self.config.dataset_text_field
         eos = getattr(self.processing_class, "tokenizer", self.processing_class).eos_token
         if eos is None:
-            raise ValueError("the tokenizer has no EOS token, which ends text rows: set tokenizer.eos_token.")
+            raise SetUpError("the tokenizer has no EOS token, which ends text rows: set tokenizer.eos_token")
         other = example.get(field) if column != field else None
         taken = isinstance(other, str) and not other.endswith(eos)
         return example[column] if taken or example[column].endswith(eos) else example[column] + eos
@@ -329,7 +337,7 @@ class RowPreparer:
         extra, tools = example.get("chat_template_kwargs") or {}, example.get("tools")
         template = self.processing_class.chat_template
         if template is None and "chat_template" not in extra:
-            raise ValueError("the tokenizer has no chat template, which conversations need: set its chat_template.")
+            raise SetUpError("the tokenizer has no chat template, which conversations need: set its chat_template")
         if self._template is None:
             swapped = None
             if self.config.assistant_only_loss and template is not None and not has_generation_markers(template):

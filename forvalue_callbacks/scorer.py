@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,7 @@ class ForValueScorer:
             self.rows,
             max_positions=self.backbone.max_positions,
             vocab_size=self.backbone.head().vocab_size,
+            takes_types="token_type_ids" in signature(type(self.backbone.causal).forward).parameters,
         )
         self.batcher = Batcher(
             self.backbone, self.prepare, data_collator, self.config.max_tokens_per_batch, progress=progress

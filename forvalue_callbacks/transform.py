@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 import xxhash
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from .reading import kept
 from .rows import RowConfig
 from .scorer import ForValueConfig, ForValueScorer
 
@@ -18,6 +21,14 @@ from .scorer import ForValueConfig, ForValueScorer
 # differs from process to process: a transform is pickled as its fingerprint, and found again here (forked workers
 # inherit the dictionary).
 _LIVE: dict[str, ForValueTransform] = {}
+
+
+class _Text(list[str | None]):
+    """Text that `datasets` writes as such from the first batch on, be it all None: the type of a column is settled
+    there."""
+
+    def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
+        return pa.array(list(self), type or pa.string())
 
 
 class ForValueTransform:
@@ -63,7 +74,7 @@ class ForValueTransform:
             )
         self._model = model
         self._model_kwargs = dict(model_kwargs or {})
-        self._validation_dataset = validation_dataset
+        self._validation_dataset = kept(validation_dataset)
         self._options: dict[str, Any] = {
             "processing_class": processing_class,
             "data_collator": data_collator,
@@ -74,15 +85,36 @@ class ForValueTransform:
         self._fingerprint: str | None = None
         self._pid = os.getpid()
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, list[Any]]:
-        """Score a batch of rows, given as a dict of columns. `rank` picks the device (`with_rank=True`)."""
+    def __call__(self, batch: Any, *others: Any, rank: int | None = None) -> Any:
+        """Score a batch of rows: a dict of columns (then the new columns come back), or an Arrow table or a data frame
+        (then an Arrow table with all columns).
+
+        Args:
+            others: what `map` gives besides: indices (of no use here), and the rank, which picks the device.
+
+        Raises:
+            ValueError: a row in place of a batch, or columns without their names.
+        """
+        for other in others:
+            if isinstance(other, int):
+                rank = other
+        table = _table(batch)
+        columns = table.to_pydict() if table is not None else batch
+        _refuse_other_than_batches(columns)
         if os.getpid() != self._pid and torch.get_num_threads() > 1:
             # A worker of `map(num_proc=...)`: after a fork, GNU OpenMP waits forever for the threads of the parent.
             torch.set_num_threads(1)
-        columns = list(batch)
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        values = zip(*columns.values(), strict=True)
+        rows = [{name: _plain(value) for name, value in zip(columns, row, strict=True)} for row in values]
         scores = self.scorer(rank).score(rows)
-        return {"forvalue_score": scores.values.tolist(), "forvalue_reason": list(scores.reasons)}
+        new = {"forvalue_score": scores.values.tolist(), "forvalue_reason": _Text(scores.reasons)}
+        if table is None:
+            return new
+        for name, column in new.items():
+            if name in table.column_names:
+                table = table.drop_columns([name])
+            table = table.append_column(name, pa.array(column))
+        return table
 
     def scorer(self, rank: int | None = None) -> ForValueScorer:
         """The scorer of a worker; a model given by name is loaded onto the accelerator `rank % n`, if there is one."""
@@ -107,6 +139,55 @@ class ForValueTransform:
     def __reduce__(self) -> tuple[Any, ...]:
         _LIVE[self.fingerprint] = self
         return _find, (self.fingerprint,)
+
+
+def _table(batch: Any) -> pa.Table | None:
+    """A batch in another format as an Arrow table; None where it is a dict of columns."""
+    if isinstance(batch, pa.Table):
+        return batch
+    if hasattr(batch, "iloc"):  # pandas
+        return pa.Table.from_pandas(batch, preserve_index=False)
+    return batch.to_arrow() if hasattr(batch, "to_arrow") else None  # polars
+
+
+def _refuse_other_than_batches(columns: Any) -> None:
+    if not isinstance(columns, Mapping):
+        raise ValueError(
+            "ForValueTransform needs the names of the columns, which map(input_columns=...) leaves out: use "
+            "dataset.select_columns([...]).map(transform, batched=True)."
+        )
+    if any(_is_of_one_row(name, value) for name, value in columns.items()):
+        raise ValueError(
+            "ForValueTransform scores batches of rows, and was given one row: dataset.map(transform, batched=True)."
+        )
+
+
+def _is_of_one_row(name: str, value: Any) -> bool:
+    """Whether a value is that of one row, and not a column of a batch."""
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
+        return True
+    if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0:
+        return True
+    first = next((item for item in value if item is not None), None) if len(value) else None
+    if first is None:
+        return False
+    if name in ("messages", "conversations", "prompt", "completion"):
+        return isinstance(first, Mapping)
+    flat = not isinstance(first, (list, tuple)) and getattr(first, "ndim", 0) == 0
+    return flat and name in ("input_ids", "labels", "attention_mask")
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python has it where numpy, or a format of `datasets`, has wrapped lists, dicts and text."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OUS":
+        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list) and value and not isinstance(value[0], (int, float)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value
 
 
 def _find(fingerprint: str) -> ForValueTransform:
