@@ -47,7 +47,7 @@ def examples_of(dataset: Iterable[Any]) -> Iterator[Any]:
             "Dataset.from_dict or Dataset.from_pandas makes of it."
         )
     by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if isinstance(dataset, (list, tuple)):
+    if type(dataset) in (list, tuple):  # one that is derived may make its rows by index
         return iter(dataset)
     if isinstance(dataset, datasets.Dataset):
         return _apart(dataset) if dataset.format["type"] == "custom" else iter(dataset)
