@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 METADATA_KEY = b"forvalue_scores"
+NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 
 
 @dataclass(eq=False)
@@ -189,6 +191,28 @@ class ForValueScores:
         axes.set_ylabel("rows")
         axes.legend()
         figure.savefig(path, dpi=120, format="png")
+
+
+def grouped_reasons(reasons: Iterable[str | None]) -> list[tuple[int, str]]:
+    """How many rows have each reason, the most frequent first; None is no reason.
+
+    Reasons that differ in a number only are one, which names the least and the greatest: "600 to 2,048 tokens".
+    """
+    groups: dict[str, list[str]] = {}
+    for reason in reasons:
+        if reason is not None:
+            groups.setdefault(NUMBER.sub("0", reason), []).append(reason)
+    found = []
+    for same in groups.values():
+        columns = iter(list(zip(*map(NUMBER.findall, same), strict=True)))
+        text = NUMBER.sub(lambda _, columns=columns: _span(next(columns)), same[0])  # type: ignore[misc]
+        found.append((len(same), text))
+    return sorted(found, key=lambda group: -group[0])
+
+
+def _span(numbers: Iterable[str]) -> str:
+    ordered = sorted(set(numbers), key=lambda number: float(number.replace(",", "")))
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import spearmanr
 
-from forvalue_callbacks.scores import ForValueScores, spearman
+from forvalue_callbacks.scores import ForValueScores, grouped_reasons, spearman
 
 MADE_OF = {"weights": "w1", "validation": "v1", "data": "d1", "config": "c1"}
 
@@ -172,3 +172,16 @@ def test_policies_and_scores_import_neither_torch_nor_matplotlib():
     root = __file__.rsplit("tests", 1)[0]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_reasons_that_differ_in_a_number_only_are_one():
+    long = "{:,} tokens in 'input_ids', but the model takes 512: set max_length=512"
+    reasons = [None, long.format(2048), "no labelled tokens", long.format(600), None, long.format(10000)]
+    reasons += ["'col1' is None", "no labelled tokens", "'col2' is None"]
+    assert grouped_reasons(reasons) == [
+        (3, "600 to 10,000 tokens in 'input_ids', but the model takes 512: set max_length=512"),
+        (2, "no labelled tokens"),
+        (1, "'col1' is None"),
+        (1, "'col2' is None"),
+    ]
+    assert grouped_reasons([None]) == []
