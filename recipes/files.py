@@ -39,7 +39,7 @@ class Source:
 
     def place(self, row: int) -> str:
         """Where a row is found, for people."""
-        return f"row {row} (counted from 0)" if self.lines is None else f"line {self.lines[row]}"
+        return f"row {row} (from 0)" if self.lines is None else f"line {self.lines[row]}"
 
     def write(self, path: Path, rows: list[int], more: dict[str, list[Any]] | None = None) -> Path:
         """Writes some rows in the form they came in, with further columns (each one value per row written).

@@ -30,11 +30,10 @@ from typing import Any
 import numpy as np
 from data import ROW, DataConfig, Rows, load_rows
 from datasets import Dataset
-from sft import make_trainer, without_traceback
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+from sft import make_trainer, parse, policy_of, without_traceback
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from forvalue_callbacks import ForValueConfig, ForValueScores, prefilter
-from forvalue_callbacks.policies import parse_policy
 
 
 @dataclass
@@ -47,7 +46,7 @@ class PrefilterConfig:
 def main(
     recipe: PrefilterConfig, data: DataConfig, scoring: ForValueConfig, training: SFTConfig, model_config: ModelConfig
 ) -> dict[str, Any]:
-    policy = parse_policy(recipe.policy)
+    policy = policy_of(recipe.policy)
     rows = load_rows(data, training.dataset_text_field)
     trainer = make_trainer(rows, training, model_config)
     prepared = trainer.train_dataset
@@ -153,13 +152,17 @@ def show(fates: list[Fate], rows: Rows, n: int) -> None:
 
 
 def shown(row: dict[str, Any], rows: Rows) -> str:
-    """The beginnings of a prompt and of its completion, of the last two turns, or of a text."""
+    """A prompt and its completion, the last two turns, or a text, long ones without their middle."""
     turns = row.get("completion") or row.get("messages") or row.get("conversations") or row.get(rows.text_field)
     parts = [row["prompt"], turns] if "completion" in row else turns
     parts = parts[-2:] if isinstance(parts, list) else [parts]
     texts = [part[-1] if isinstance(part, list) and part else part for part in parts]
     texts = [text.get("content", text.get("value")) if isinstance(text, dict) else text for text in texts]
-    return " -> ".join(f"{text[:80]!r}{'...' * (len(text) > 80)}" for text in map(str, texts))
+    return " -> ".join(map(_cut, map(str, texts)))
+
+
+def _cut(text: str) -> str:
+    return repr(text) if len(text) <= 100 else f"{text[:60]!r} ... {text[-30:]!r}"
 
 
 def write(fates: list[Fate], rows: Rows, folder: Path, trial: bool) -> None:
@@ -187,6 +190,5 @@ def write(fates: list[Fate], rows: Rows, folder: Path, trial: bool) -> None:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((PrefilterConfig, DataConfig, ForValueConfig, SFTConfig, ModelConfig))
     with without_traceback():
-        main(*parser.parse_args_and_config())
+        main(*parse(PrefilterConfig, DataConfig, ForValueConfig, SFTConfig, ModelConfig))

@@ -14,11 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from data import DataConfig, load_rows
-from sft import make_trainer, without_traceback
-from trl import ModelConfig, SFTConfig, TrlParser
+from sft import make_trainer, parse, policy_of, without_traceback
+from trl import ModelConfig, SFTConfig
 
 from forvalue_callbacks import ForValueCallback, ForValueConfig
-from forvalue_callbacks.policies import parse_policy
 
 
 @dataclass
@@ -29,7 +28,7 @@ class ReweightConfig:
 def main(
     recipe: ReweightConfig, data: DataConfig, scoring: ForValueConfig, training: SFTConfig, model_config: ModelConfig
 ) -> dict[str, float]:
-    policy = parse_policy(recipe.policy)
+    policy = policy_of(recipe.policy)
     rows = load_rows(data, training.dataset_text_field)
     callback = ForValueCallback(rows.validation, policy, scoring)
     trainer = make_trainer(rows, training, model_config, [callback])
@@ -46,6 +45,5 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ReweightConfig, DataConfig, ForValueConfig, SFTConfig, ModelConfig))
     with without_traceback():
-        main(*parser.parse_args_and_config())
+        main(*parse(ReweightConfig, DataConfig, ForValueConfig, SFTConfig, ModelConfig))

@@ -1,18 +1,40 @@
-"""The trainer of the SFT recipes, as TRL's own script makes it: the model by its name."""
+"""What the SFT recipes share: flags, and the trainer as TRL's own script makes it, with the model by its name."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from data import Rows
 from datasets import Dataset
 from files import DataError
 from transformers import AutoTokenizer, TrainerCallback
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from forvalue_callbacks import TINY_MODEL
+from forvalue_callbacks.policies import Policy, parse_policy
+
+
+def parse(*classes: type) -> tuple[Any, ...]:
+    """Flags, and the YAML file of `--config`, as objects of dataclasses; on a CPU where there is nothing else."""
+    parser = TrlParser(classes)
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # bf16, TRL's default, is refused without
+    return parser.parse_args_and_config()
+
+
+def policy_of(text: str) -> Policy:
+    """What `parse_policy` reads.
+
+    Raises:
+        DataError: it cannot.
+    """
+    try:
+        return parse_policy(text)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def make_trainer(
@@ -53,7 +75,7 @@ def _conversations(rows: Dataset) -> bool:
 
 @contextmanager
 def without_traceback() -> Iterator[None]:
-    """What is wrong with the files is said, and the script ends."""
+    """What is wrong with the files or the flags is said, and the script ends."""
     try:
         yield
     except DataError as error:
