@@ -57,7 +57,7 @@ def make_trainer(
     for text in rows.warnings if training.process_index == 0 else []:
         print(f"warning: {text}", file=sys.stderr, flush=True)
     needed = training.chat_template_path is None and _conversations(rows.train)
-    if needed and AutoTokenizer.from_pretrained(name).chat_template is None:
+    if needed and not AutoTokenizer.from_pretrained(name).chat_template:
         raise DataError(f"the tokenizer of {name} has no chat template: give one as --chat_template_path FILE.")
     return SFTTrainer(
         name,

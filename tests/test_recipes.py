@@ -1,4 +1,4 @@
-"""The SFT recipes with real files: rows of every form come back as they came, and mistakes are said with their place."""
+"""The SFT recipes with real files: rows come back as they came, and what is wrong is said with its place."""
 
 import csv
 import io
@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
+
+from forvalue_callbacks import TINY_MODEL
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 N = 24
@@ -36,7 +39,7 @@ FORMS = {
 }
 OPTIONS = {
     "messages.json": ["--chat_template_path", "template.jinja"],
-    "sharegpt.jsonl": ["--chat_template_path", "template.jinja", "--shuffle_dataset", "true"],
+    "sharegpt.jsonl": ["--shuffle_dataset", "true"],
     "alpaca.csv": ["--prompt_template", "{instruction}\\n{input}\\n", "--completion_template", "{output}"],
 }
 
@@ -128,7 +131,7 @@ def test_a_filter_is_tried_on_answers_swapped_by_hand(monkeypatch, capsys):
     write("rows.jsonl", [FORMS["sharegpt.jsonl"](i) for i in range(N)])
     write("trusted.jsonl", [FORMS["sharegpt.jsonl"](i) for i in range(100, 108)])
     arguments = ["--data", "rows.jsonl", "--validation_data", "trusted.jsonl", "--noise", "0.5", "--train", "false"]
-    run(monkeypatch, "prefilter_sft", *arguments, "--chat_template_path", "template.jinja")
+    run(monkeypatch, "prefilter_sft", *arguments)
     report = json.loads(Path("out/report.json").read_text())
     assert 0 < report["noisy"] <= 12
     assert 0 <= report["auc_clean_against_noisy"] <= 1
@@ -211,8 +214,9 @@ def test_other_broken_files():
 def test_a_mistake_ends_the_script_without_a_traceback(monkeypatch):
     write("rows.jsonl", [{"messages": turns(i)} for i in range(4)])
     both = ["--data", "rows.jsonl", "--validation_data", "rows.jsonl"]
-    with pytest.raises(SystemExit, match=r"^error: the tokenizer of .* has no chat template: give one as --chat_"):
-        run(monkeypatch, "prefilter_sft", *both)
+    AutoTokenizer.from_pretrained(TINY_MODEL, chat_template="").save_pretrained("bare")
+    with pytest.raises(SystemExit, match=r"^error: the tokenizer of bare has no chat template: give one as --chat_"):
+        run(monkeypatch, "prefilter_sft", *both, "--model_name_or_path", "bare")
     with pytest.raises(SystemExit, match=r"^error: cannot read the policy 'drop'"):
         run(monkeypatch, "prefilter_sft", *both, "--policy", "drop")
 
