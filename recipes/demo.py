@@ -112,9 +112,9 @@ def policy(direction: str, config: DemoConfig) -> Drop:
 
 
 def constant_scores(values: np.ndarray) -> ForValueScores:
-    """Scores made by hand, for the comparisons."""
+    """Scores made by hand, for the comparisons; they know no numbers of labelled tokens."""
     n = len(values)
-    return ForValueScores(values.astype(np.float64), [None] * n, np.zeros(n), np.ones(n, dtype=np.int64))
+    return ForValueScores(values.astype(np.float64), [None] * n, np.zeros(n), np.zeros(n, dtype=np.int64))
 
 
 def main(config: DemoConfig) -> list[dict[str, Any]]:
