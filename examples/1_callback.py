@@ -1,7 +1,7 @@
 """One line more in an SFT script: score before the first step, never draw the worst fifth."""
 
+import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from forvalue_callbacks import TINY_MODEL, Drop, ForValueCallback
@@ -11,10 +11,9 @@ train = instructions(400, seed=0, noise=0.2)  # rows with "prompt" and "completi
 validation = instructions(100, seed=1)  # clean rows of the same kind
 
 trainer = SFTTrainer(
-    AutoModelForCausalLM.from_pretrained(TINY_MODEL),
-    args=SFTConfig(output_dir="outputs/example_1", max_steps=10, bf16=False, report_to=[], save_strategy="no"),
+    str(TINY_MODEL),  # a path or a hub id
+    args=SFTConfig(output_dir="outputs/example_1", max_steps=10, use_cpu=not torch.accelerator.is_available()),
     train_dataset=train,
-    processing_class=AutoTokenizer.from_pretrained(TINY_MODEL),
     peft_config=LoraConfig(r=8, target_modules="all-linear"),
     callbacks=[ForValueCallback(validation, policy=Drop(0.2))],
 )

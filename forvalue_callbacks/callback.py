@@ -22,13 +22,11 @@ from .reports import lines, numbers, report
 from .rows import RowConfig
 from .sampler import INSTEAD, find_sampler, install_sampler
 from .scorer import ForValueConfig, ForValueScorer
-from .scores import ForValueScores, grouped_reasons, make_folder
+from .scores import PARTS, ForValueScores, grouped_reasons, make_folder
 
 logger = logging.getLogger(__name__)
 
 SCORES_FILE = "forvalue_scores.parquet"
-# What scores are made of, for people.
-PARTS = {"weights": "weights", "validation": "validation rows", "data": "training rows", "config": "settings"}
 
 
 class ForValueCallback(TrainerCallback):

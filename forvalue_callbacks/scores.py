@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 METADATA_KEY = b"forvalue_scores"
+INSTEAD = "give the file that it wrote (a run keeps forvalue_scores.parquet in its output_dir), or score again"
+# What scores are made of, for people.
+PARTS = {"weights": "weights", "validation": "validation rows", "data": "training rows", "config": "settings"}
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 
 
@@ -26,7 +28,8 @@ class ForValueScores:
 
     Args:
         values: (N,) float64, higher = more valuable; NaN where a row could not be scored.
-        reasons: N entries: why a row could not be scored, None where it was.
+        reasons: N entries: why a row could not be scored, None where it was; what logs and files do not bear (control
+            characters, halves of characters) becomes "?".
         log_likelihood: (N,) float64, sum of log p over the labelled tokens; NaN where a row could not be scored.
         n_labelled: (N,) int64, number of labelled tokens.
         metadata: JSON-able. `metadata["made_of"]` maps each part that determines the scores (weights, validation,
@@ -44,7 +47,7 @@ class ForValueScores:
 
     def __post_init__(self) -> None:
         self.values = np.asarray(self.values, dtype=np.float64)
-        self.reasons = list(self.reasons)
+        self.reasons = [None if reason is None else _printable(reason) for reason in self.reasons]
         self.log_likelihood = np.asarray(self.log_likelihood, dtype=np.float64)
         self.n_labelled = np.asarray(self.n_labelled, dtype=np.int64)
         lengths = [len(self.values), len(self.reasons), len(self.log_likelihood), len(self.n_labelled)]
@@ -72,6 +75,19 @@ class ForValueScores:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def __repr__(self) -> str:
+        """Three lines at most, whatever N is."""
+        scored = self.values[np.isfinite(self.values)]
+        lines = [f"ForValueScores of {len(self):,} rows, {len(scored):,} with a score"]
+        if len(scored):
+            lines[0] += f" from {scored.min():.4g} to {scored.max():.4g} (median {np.median(scored):.4g})"
+        if reasons := grouped_reasons(self.reasons):
+            more = f" and {len(reasons) - 1} other reasons" if len(reasons) > 1 else ""
+            lines.append(f"without: {reasons[0][0]:,} x {reasons[0][1]}{more}")
+        if "noise" in self.metadata:
+            lines.append("log odds that a row is clean")
+        return "\n".join(lines)
 
     @property
     def fingerprint(self) -> str:
@@ -109,12 +125,19 @@ class ForValueScores:
             expected: what the scores must be made of: some or all keys of `metadata["made_of"]`.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: not a file of scores, or made of something else than `expected`.
         """
-        table = pq.read_table(path)
+        try:
+            with pq.ParquetFile(path) as file:
+                table = file.read()
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read as a Parquet file: {INSTEAD}") from error
         stored = (table.schema.metadata or {}).get(METADATA_KEY)
         if stored is None:
-            raise ValueError(f"{path} was not written by ForValueScores.save")
+            raise ValueError(f"{path} was not written by ForValueScores.save: {INSTEAD}")
         metadata = json.loads(stored)
         _check_made_of(metadata.get("made_of", {}), expected or {}, path)
         return cls(
@@ -126,11 +149,12 @@ class ForValueScores:
         )
 
     def summary(self) -> str:
-        """A few lines for the log: how many rows have no score and why, quantiles, and whether length decides."""
+        """A few lines for the log: what is known of the scores, their quantiles, whether length decides, and how many
+        rows have none and why.
+        """
         scored = np.isfinite(self.values)
         lines = [f"rows        {len(self)}", f"scored      {scored.sum()}"]
-        reasons = Counter(reason for reason in self.reasons if reason is not None)
-        lines += [f"not scored  {count}: {reason}" for reason, count in reasons.most_common()]
+        lines += self.metadata.get("noise", {}).get("report", [])
         if scored.any():
             names = ["min", "5%", "25%", "median", "75%", "95%", "max"]
             quantiles = np.quantile(self.values[scored], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
@@ -143,7 +167,7 @@ class ForValueScores:
             else:
                 hint = ": long rows decide; compare normalize='length'" if abs(rho) > 0.5 else ""
                 lines.append(f"length      Spearman correlation of score and labelled tokens {rho:+.2f}{hint}")
-        lines += self.metadata.get("noise", {}).get("report", [])
+        lines += [f"not scored  {count}: {reason}" for count, reason in grouped_reasons(self.reasons)]
         return "\n".join(lines)
 
     def plot(
@@ -255,7 +279,13 @@ def _mean_ranks(x: np.ndarray) -> np.ndarray:
 
 def _check_made_of(made_of: Mapping[str, Any], expected: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     expected = json.loads(json.dumps(dict(expected)))  # a tuple comes back from JSON as a list
-    differing = [key for key in expected if made_of.get(key) != expected[key]]
+    differing = [PARTS.get(key, key) for key in expected if made_of.get(key) != expected[key]]
     if differing:
-        parts = "; ".join(f"{key} is {made_of.get(key)}, expected {expected[key]}" for key in differing)
-        raise ValueError(f"the scores in {path} were made with other {' and '.join(differing)} ({parts}): score again")
+        raise ValueError(
+            f"the scores in {path} were made with other {' and other '.join(differing)}: score again, or go back to "
+            "what they were made with"
+        )
+
+
+def _printable(reason: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in reason)

@@ -1,70 +1,240 @@
-"""Data sets of the recipes: any hub id or local file to prompt/completion rows, and noise to test a filter with."""
+"""Data sets of the recipes: rows to train on, trusted ones to judge them by, and noise to test a filter with."""
 
 from __future__ import annotations
 
 import random
+import re
+import string
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets
+from files import DataError, Source, read
 
 from forvalue_callbacks.tiny import instructions
 
-_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Column of the training rows that survives what SFTTrainer does to them: the row's place in the file, from 0.
+ROW = "forvalue_row"
+# What SFTTrainer would read beside the columns that templates make.
+RAW = ("text", "messages", "conversations", "tools", "chat_template_kwargs")
 
 
 @dataclass
 class DataConfig:
-    """Which rows to fine-tune on, and which clean rows to judge them by."""
+    """Which rows to fine-tune on, and which trusted rows to judge them by."""
 
     data: str | None = field(
         default=None,
-        metadata={
-            "help": "Hub id or local file (json, jsonl, csv, parquet). None: rows generated for the tiny model."
-        },
+        metadata={"help": "File (json, jsonl, csv, parquet) or hub id. None: rows generated for the tiny model."},
     )
-    data_split: str = field(default="train", metadata={"help": "Split of a hub data set."})
+    validation_data: str | None = field(
+        default=None, metadata={"help": "The same for the validation rows: trusted ones, of the same kind."}
+    )
+    test_data: str | None = field(
+        default=None, metadata={"help": "The same for rows to measure the result on. None: no test loss."}
+    )
+    data_split: str = field(default="train", metadata={"help": "Split of a hub data set to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of validation_data on the hub."})
+    test_split: str = field(default="test", metadata={"help": "Split of test_data on the hub."})
     prompt_template: str | None = field(
         default=None,
         metadata={"help": "Python format string over the columns, e.g. '{instruction}\\n{input}\\n'. None: as it is."},
     )
     completion_template: str | None = field(default=None, metadata={"help": "The same for the answer: '{output}'."})
-    validation_rows: int = field(default=200, metadata={"help": "Clean rows held out to judge the others by."})
-    test_rows: int = field(default=200, metadata={"help": "Rows held out to measure the result on."})
-    max_train_rows: int | None = field(default=None, metadata={"help": "At most so many training rows."})
-    noise: float = field(default=0.0, metadata={"help": "Share of training answers to swap, to test the filter."})
-    data_seed_rows: int = field(default=0, metadata={"help": "Seed of the split and of the noise."})
+    draw_validation: bool = field(
+        default=False,
+        metadata={"help": "Draw validation_rows of the training rows. Only if you trust them: their noise is hidden."},
+    )
+    draw_test: bool = field(default=False, metadata={"help": "Draw test_rows of the training rows."})
+    validation_rows: int = field(default=200, metadata={"help": "How many validation rows are drawn or generated."})
+    test_rows: int = field(default=200, metadata={"help": "How many test rows are drawn or generated."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "At most so many training rows, drawn."})
+    noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training answers to swap, to test the filter. None: none; of generated rows 0.2."
+        },
+    )
+    data_seed_rows: int = field(default=0, metadata={"help": "Seed of what is drawn and of the noise."})
 
 
-def load_rows(config: DataConfig) -> tuple[Dataset, Dataset, Dataset]:
-    """Training, validation and test rows; the training rows carry `is_noisy` (bool).
+@dataclass
+class Rows:
+    """What `load_rows` gives.
+
+    Args:
+        source: all rows of the training file, as they came.
+        train: rows to train on, as SFTTrainer takes them, with their places in `source` in the column `ROW`; with
+            noise also `is_noisy`.
+        validation, test: trusted rows, and rows to measure the result on; None: there are none.
+        unusable: why rows of the file cannot be trained on, by their places.
+        warnings: what is to be said before the work.
+        text_field: column of text rows.
+    """
+
+    source: Source
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+    unusable: dict[int, str]
+    warnings: list[str]
+    text_field: str = "text"
+
+
+def load_rows(config: DataConfig, text_field: str = "text") -> Rows:
+    """Training, validation and test rows.
+
+    Args:
+        text_field: SFTTrainer's `dataset_text_field`.
 
     Raises:
-        ValueError: an unknown kind of file, a template that names a column that is not there, too few rows.
+        DataError: what `read` refuses, no validation rows, columns or templates that make no rows for SFTTrainer, too
+            few rows, validation or test rows that cannot be used.
     """
-    seed = config.data_seed_rows
+    seed, templates = config.data_seed_rows, _templates(config)
     if config.data is None:
-        n = config.max_train_rows or 1000
-        train = instructions(n, seed=seed, noise=config.noise)
-        return (
-            train,
-            instructions(config.validation_rows, seed=seed + 10_001),
-            instructions(config.test_rows, seed=seed + 10_002),
+        return _generated(config)
+    if config.validation_data is None and not config.draw_validation:
+        raise DataError(
+            "rows are judged by rows that you trust: give two or three hundred of the same kind as --validation_data "
+            f"FILE (--draw_validation true draws {config.validation_rows} of {config.data}: only if you trust it)."
         )
-    if Path(config.data).suffix in _LOADERS:
-        rows = load_dataset(_LOADERS[Path(config.data).suffix], data_files=config.data, split="train")
+    source = read(config.data, config.data_split)
+    train, unusable = _for_sft(source, templates, text_field)
+    order = train.shuffle(seed=seed) if config.draw_validation or config.draw_test or config.max_train_rows else train
+    drawn = {}
+    for name, draw, n in (
+        ("validation", config.draw_validation, config.validation_rows),
+        ("test", config.draw_test, config.test_rows),
+    ):
+        if draw:
+            if len(order) <= n:
+                raise DataError(f"{config.data} has too few rows to draw {n} {name} rows of: lower {name}_rows.")
+            drawn[name], order = order.select(range(n)), order.select(range(n, len(order)))
+    if config.max_train_rows is not None:
+        order = order.select(range(min(len(order), config.max_train_rows)))
+    sides = {}
+    for name, file, split in (
+        ("validation", config.validation_data, config.validation_split),
+        ("test", config.test_data, config.test_split),
+    ):
+        if file is not None:
+            sides[name], bad = _for_sft(found := read(file, split), templates, text_field)
+            if bad:
+                raise DataError(f"{file}, {listed(found, bad)}")
+    warnings = []
+    if "validation" in drawn:
+        warnings.append(
+            f"{config.validation_rows} validation rows are drawn from {config.data}: noisy ones hide noise, "
+            "up to all. Better: rows that you trust, as --validation_data FILE."
+        )
+    if unusable:
+        n = len(unusable)
+        what = f"{n:,} row{'s' * (n > 1)} of {config.data} cannot be trained on and {'are' if n > 1 else 'is'} dropped"
+        warnings.append(f"{what}: {listed(source, unusable)}")
+    if config.noise:
+        order = swap_answers(order, config.noise, seed)
+    sides |= drawn
+    return Rows(source, order, sides["validation"], sides.get("test"), unusable, warnings, text_field)
+
+
+def listed(source: Source, unusable: dict[int, str], n: int = 5) -> str:
+    """Rows that cannot be used with their places, the first few of them, and the way out."""
+    first = "; ".join(f"{source.place(row)}: {why}" for row, why in list(unusable.items())[:n])
+    more = f"; and {len(unusable) - n:,} more" if len(unusable) > n else ""
+    return f"{first}{more}: fill {'it' if len(unusable) == 1 else 'them'} or leave the row out."
+
+
+def _generated(config: DataConfig) -> Rows:
+    seed, noise = config.data_seed_rows, 0.2 if config.noise is None else config.noise
+    train = instructions(config.max_train_rows or 1000, seed=seed, noise=noise)
+    return Rows(
+        Source("generated rows", "jsonl", train),
+        train.add_column(ROW, list(range(len(train)))),
+        instructions(config.validation_rows, seed=seed + 10_001),
+        instructions(config.test_rows, seed=seed + 10_002),
+        {},
+        [],
+    )
+
+
+def _templates(config: DataConfig) -> dict[str, str] | None:
+    """Templates of the prompt and the completion, as a shell gives them: with a backslash and an n for a new line."""
+    given = {"prompt": config.prompt_template, "completion": config.completion_template}
+    missing = [name for name, template in given.items() if template is None]
+    if len(missing) == 1:
+        raise DataError(f"one template without the other: give --{missing[0]}_template as well.")
+    return None if missing else {name: str(template).replace("\\n", "\n") for name, template in given.items()}
+
+
+def _for_sft(source: Source, templates: dict[str, str] | None, text_field: str) -> tuple[Dataset, dict[int, str]]:
+    """The rows that SFTTrainer can take, with their places in the column `ROW`, and why it cannot take the others."""
+    rows = source.rows.add_column(ROW, list(range(len(source.rows))))
+    if templates is None:
+        columns = _raw_columns(source, text_field)
+        problems = {
+            i: why
+            for i, values in enumerate(zip(*(rows[column] for column in columns), strict=True))
+            if (why := _problem(dict(zip(columns, values, strict=True))))
+        }
     else:
-        rows = load_dataset(config.data, split=config.data_split)
-    if config.prompt_template is not None and config.completion_template is not None:
-        rows = rows.map(_fill, fn_kwargs={"prompt": config.prompt_template, "completion": config.completion_template})
-        rows = rows.select_columns(["prompt", "completion"])
-    held_out = config.validation_rows + config.test_rows
-    if len(rows) <= held_out:
-        raise ValueError(f"{config.data} has {len(rows)} rows, and {held_out} are to be held out: lower test_rows.")
-    rows = rows.shuffle(seed=seed)
-    validation, test = rows.select(range(config.validation_rows)), rows.select(range(config.validation_rows, held_out))
-    stop = len(rows) if config.max_train_rows is None else min(len(rows), held_out + config.max_train_rows)
-    return swap_answers(rows.select(range(held_out, stop)), config.noise, seed), validation, test
+        rows, problems = _filled(source, rows, templates)
+    if len(problems) == len(rows):
+        raise DataError(f"{source.name} has no row to train on: {listed(source, problems)}")
+    return rows.select([i for i in range(len(rows)) if i not in problems]) if problems else rows, problems
+
+
+def _raw_columns(source: Source, text_field: str) -> list[str]:
+    """The columns that SFTTrainer reads."""
+    found = source.rows.column_names
+    for columns in (["input_ids"], ["prompt", "completion"], ["messages"], ["conversations"], [text_field]):
+        if set(columns) <= set(found):
+            return columns
+    raise DataError(
+        f"{source.name} has the columns {', '.join(map(repr, found))}, and rows are 'prompt' with 'completion', "
+        f"'messages', 'conversations' or text in {text_field!r}: name yours with --prompt_template and "
+        f"--completion_template, for example '{{{found[0]}}}\\n' and '{{{found[-1]}}}'."
+    )
+
+
+def _problem(row: dict[str, object]) -> str | None:
+    """Why SFTTrainer would stop at a row."""
+    for column, value in row.items():
+        if value is None:
+            return f"{column!r} is null"
+        if not isinstance(value, (str, list)):
+            return f"{column!r} is neither text nor a list"
+        if not value and column != "completion":  # an empty completion is the end of the text alone
+            return f"{column!r} is empty"
+    return None
+
+
+def _filled(source: Source, rows: Dataset, templates: dict[str, str]) -> tuple[Dataset, dict[int, str]]:
+    """Rows with a prompt and a completion of templates: null is nothing in a prompt, and no answer in a completion."""
+    named: dict[str, list[str]] = {}
+    for name, template in templates.items():
+        try:
+            columns = [
+                re.split(r"[.[]", part[1])[0] for part in string.Formatter().parse(template) if part[1] is not None
+            ]
+        except ValueError as error:
+            raise DataError(f"--{name}_template {template!r} is no format string ({error}).") from None
+        for column in columns:
+            if column not in source.rows.column_names:
+                raise DataError(
+                    f"--{name}_template names the column {column!r}, and {source.name} has "
+                    f"{', '.join(map(repr, source.rows.column_names))}."
+                )
+        named[name] = columns
+    problems, filled = {}, {"prompt": [], "completion": []}
+    for i, row in enumerate(source.rows):
+        null = [column for column in named["completion"] if row[column] is None]
+        if null:
+            problems[i] = f"{null[0]!r} is null"
+        row = {column: "" if value is None else value for column, value in row.items()}
+        for name, template in templates.items():
+            filled[name].append(template.format(**row))
+    others = rows.remove_columns([c for c in rows.column_names if c in (*RAW, *templates)])
+    return concatenate_datasets([others, Dataset.from_dict(filled)], axis=1), problems
 
 
 def change_words(rows: Dataset, share: float, seed: int, insert: bool) -> Dataset:
@@ -92,24 +262,25 @@ def change_words(rows: Dataset, share: float, seed: int, insert: bool) -> Datase
 
 
 def swap_answers(rows: Dataset, share: float, seed: int) -> Dataset:
-    """`round(share * N)` rows get one another's completion (nobody keeps its own text where avoidable).
+    """`round(share * N)` rows get one another's answer (nobody keeps its own where avoidable).
 
-    Adds `is_noisy`: whether the completion is now another text.
+    The answer is the completion, or the last turn of a conversation. Adds `is_noisy`: whether it is now another one.
+
+    Raises:
+        DataError: rows of text, which have no answer.
     """
     rng = random.Random(seed)
     chosen = rng.sample(range(len(rows)), round(share * len(rows)))
-    answers = list(rows["completion"])
+    column = next((c for c in ("completion", "messages", "conversations") if c in rows.column_names), None)
+    if column is None:
+        raise DataError("noise swaps answers, and these rows have none: give prompt and completion, or conversations.")
+    whole = list(rows[column])
+    answers = whole if column == "completion" else [turns[-1:] for turns in whole]
     swapped = list(answers)
     for place, source in zip(chosen, [*chosen[1:], *chosen[:1]], strict=True):
         swapped[place] = answers[source]
     noisy = [new != old for new, old in zip(swapped, answers, strict=True)]
-    kept = rows.remove_columns("completion")
-    return concatenate_datasets([kept, Dataset.from_dict({"completion": swapped, "is_noisy": noisy})], axis=1)
-
-
-def _fill(row: dict[str, object], prompt: str, completion: str) -> dict[str, str]:
-    prompt, completion = (template.replace("\\n", "\n") for template in (prompt, completion))  # as a shell gives it
-    try:
-        return {"prompt": prompt.format(**row), "completion": completion.format(**row)}
-    except KeyError as error:
-        raise ValueError(f"the template names {error}, the columns are {sorted(row)}") from None
+    if column != "completion":
+        swapped = [turns[:-1] + answer for turns, answer in zip(whole, swapped, strict=True)]
+    kept = rows.remove_columns(column)
+    return concatenate_datasets([kept, Dataset.from_dict({column: swapped, "is_noisy": noisy})], axis=1)

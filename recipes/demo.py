@@ -24,7 +24,7 @@ from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PrinterCallback
+from transformers import HfArgumentParser, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
@@ -70,8 +70,7 @@ def make_trainer(config: DemoConfig, train: Dataset, test: Dataset, callbacks=()
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         max_length=256,
-        bf16=False,
-        gradient_checkpointing=False,
+        use_cpu=not torch.accelerator.is_available(),
         save_strategy="no",
         logging_steps=1000,
         report_to=[],
@@ -79,11 +78,10 @@ def make_trainer(config: DemoConfig, train: Dataset, test: Dataset, callbacks=()
         seed=config.seed,
     )
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32),
+        config.model,
         args=args,
         train_dataset=train,
         eval_dataset=test,
-        processing_class=AutoTokenizer.from_pretrained(config.model),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
         callbacks=list(callbacks),
     )
@@ -114,9 +112,9 @@ def policy(direction: str, config: DemoConfig) -> Drop:
 
 
 def constant_scores(values: np.ndarray) -> ForValueScores:
-    """Scores made by hand, for the comparisons."""
+    """Scores made by hand, for the comparisons; they know no numbers of labelled tokens."""
     n = len(values)
-    return ForValueScores(values.astype(np.float64), [None] * n, np.zeros(n), np.ones(n, dtype=np.int64))
+    return ForValueScores(values.astype(np.float64), [None] * n, np.zeros(n), np.zeros(n, dtype=np.int64))
 
 
 def main(config: DemoConfig) -> list[dict[str, Any]]:

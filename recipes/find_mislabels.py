@@ -99,11 +99,11 @@ def draw(config: MislabelConfig, seed: int) -> tuple[Dataset, Dataset]:
         raise ValueError("the generated rows have labels as answers: give --data for free-form noise.")
     if not config.of_labels:
         templates = {"prompt_template": config.prompt_template, "completion_template": config.completion_template}
-        rows = DataConfig(
-            data=config.data, validation_rows=m, test_rows=0, max_train_rows=n, data_seed_rows=seed, **templates
+        drawn = {"draw_validation": True, "validation_rows": m, "max_train_rows": n, "data_seed_rows": seed}
+        rows = load_rows(DataConfig(data=config.data, **drawn, **templates))  # type: ignore
+        return rows.train.select_columns(["prompt", "completion"]), rows.validation.select_columns(
+            ["prompt", "completion"]
         )
-        train, validation, _ = load_rows(rows)
-        return train.remove_columns("is_noisy"), validation
     kind = Path(config.data).suffix[1:].replace("jsonl", "json")
     rows = load_dataset(kind, data_files=config.data, split="train").shuffle(seed=seed)
     known = sorted(set(rows[config.label_column]))

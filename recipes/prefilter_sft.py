@@ -1,74 +1,128 @@
-"""Fine-tune on the rows that For-Value keeps: score, shorten the data set, then SFT with fewer steps.
+"""Fine-tune on the rows that For-Value keeps: score, say what was found, shorten the data set, then SFT.
 
     accelerate launch recipes/prefilter_sft.py --config recipes/prefilter_sft.yaml
     accelerate launch recipes/prefilter_sft.py --config recipes/prefilter_sft.yaml \
-        --model_name_or_path Qwen/Qwen2.5-0.5B --data tatsu-lab/alpaca \
-        --prompt_template '{instruction}\\n{input}\\n' --completion_template '{output}' \
-        --direction gradient --policy drop:0.1
+        --model_name_or_path Qwen/Qwen2.5-0.5B --data my_rows.jsonl --validation_data my_trusted_rows.jsonl
+    python recipes/prefilter_sft.py --config recipes/prefilter_sft.yaml --train false \
+        --data alpaca.json --validation_data trusted.json \
+        --prompt_template '{instruction}\\n{input}\\n' --completion_template '{output}'
+
+Rows are those that SFTTrainer takes: prompt and completion, messages, ShareGPT's conversations, text, or columns that
+templates make into a prompt and a completion. `output_dir` gets the kept and the dropped rows in the form they came in
+(kept.jsonl, dropped.jsonl for a jsonl file; the dropped ones with line, score and reason), and `rows.csv` with the
+place, score and fate of every row.
 
 Every field of `SFTConfig`, `ModelConfig` (LoRA included), `ForValueConfig` and the two classes of this recipe is a
-flag and a key of the YAML file. With `--noise 0.2` a fifth of the answers is swapped first, and the recipe reports
-how many of them were found.
+flag and a key of the YAML file. With `--noise 0.2` a fifth of your own answers is swapped first, and the recipe
+reports how many of them were found.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from data import DataConfig, load_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from data import ROW, DataConfig, Rows, load_rows
+from datasets import Dataset
+from sft import make_trainer, parse, policy_of, without_traceback
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScores, prefilter
-from forvalue_callbacks.policies import parse_policy
+from forvalue_callbacks import ForValueConfig, ForValueScores, prefilter
 
 
 @dataclass
 class PrefilterConfig:
     policy: str = field(default="drop:0.2", metadata={"help": "What to do with the scores: drop:0.2, keep:500, ..."})
-    show_rows: int = field(default=3, metadata={"help": "Print so many of the best and of the worst rows."})
+    train: bool = field(default=True, metadata={"help": "Fine-tune on the kept rows. false: score and write only."})
+    show_rows: int = field(default=3, metadata={"help": "Print so many of the worst and of the best rows."})
 
 
 def main(
     recipe: PrefilterConfig, data: DataConfig, scoring: ForValueConfig, training: SFTConfig, model_config: ModelConfig
-) -> dict[str, float]:
-    name = model_config.model_name_or_path or str(TINY_MODEL)
-    train, validation, test = load_rows(data)
-    trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(name, dtype=model_config.dtype),
-        args=training,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=AutoTokenizer.from_pretrained(name),
-        peft_config=get_peft_config(model_config),
-    )
-    rows = trainer.train_dataset
+) -> dict[str, Any]:
+    policy = policy_of(recipe.policy)
+    rows = load_rows(data, training.dataset_text_field)
+    trainer = make_trainer(rows, training, model_config)
+    prepared = trainer.train_dataset
     started = time.perf_counter()
-    scores = prefilter(trainer, validation, parse_policy(recipe.policy), scoring)
-    report = {"rows": len(rows), "scored": int(np.isfinite(scores.values).sum())}
-    report["valuation_seconds"] = round(time.perf_counter() - started, 2)
-    report["kept"] = len(trainer.train_dataset)
-    if "is_noisy" in rows.column_names:
-        report |= found(scores, rows, trainer.train_dataset)
-    before = trainer.evaluate()
-    started = time.perf_counter()
-    trainer.train()
-    report["training_seconds"] = round(time.perf_counter() - started, 2)
-    report |= {"test_loss_before": before["eval_loss"], "test_loss_after": trainer.evaluate()["eval_loss"]}
+    scores = prefilter(trainer, rows.validation, policy, scoring)
+    seconds = round(time.perf_counter() - started, 2)
+    fates = decide(scores, prepared[ROW], trainer.train_dataset[ROW], rows, recipe.policy)
+    kept = [fate.row for fate in fates if fate.what == "kept"]
+    report: dict[str, Any] = {"rows": len(prepared), "scored": int(np.isfinite(scores.values).sum())}
+    report |= {"kept": len(kept), "valuation_seconds": seconds}
+    if "is_noisy" in prepared.column_names:
+        report |= found(scores, prepared, trainer.train_dataset)
     if trainer.accelerator.is_main_process:
-        print(scores.summary())
-        show(scores, rows, recipe.show_rows)
+        show(fates, rows, recipe.show_rows)
+        write(fates, rows, Path(training.output_dir), trial=bool(data.data and data.noise))
+    if recipe.train:
+        report |= train(trainer)
+    if trainer.accelerator.is_main_process:
         Path(training.output_dir, "report.json").write_text(json.dumps(report, indent=2))
-        scores.plot(Path(training.output_dir, "scores.png"))
-        print(json.dumps(report, indent=2))
+        print("\n" + json.dumps(report, indent=2), flush=True)
     return report
 
 
-def found(scores: ForValueScores, rows, kept) -> dict[str, float]:
+def train(trainer: SFTTrainer) -> dict[str, float]:
+    """Fine-tunes, and keeps the model; the loss on the test rows before and after, where there are any."""
+    report = {}
+    if trainer.eval_dataset is not None:
+        report["test_loss_before"] = trainer.evaluate()["eval_loss"]
+    started = time.perf_counter()
+    trainer.train()
+    report["training_seconds"] = round(time.perf_counter() - started, 2)
+    if trainer.eval_dataset is not None:
+        report["test_loss_after"] = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    return report
+
+
+@dataclass
+class Fate:
+    """What became of a row of the training file.
+
+    Args:
+        row: its place there, counted from 0.
+        what: "kept", "dropped" or "not used".
+        score: None: it was not scored.
+        reason: why it is not trained on; empty: it is.
+    """
+
+    row: int
+    what: str
+    score: float | None
+    reason: str
+
+
+def decide(scores: ForValueScores, scored: Sequence[int], kept: Sequence[int], rows: Rows, policy: str) -> list[Fate]:
+    """The fate of every row of the file: `scored` and `kept` are places of the rows scored and trained on."""
+    trained, chosen = set(kept), set(rows.train[ROW])
+    found = dict(zip(scored, zip(scores.values.tolist(), scores.reasons, strict=True), strict=True))
+    fates = []
+    for row in range(len(rows.source.rows)):
+        value, reason = found.get(row, (float("nan"), None))
+        score = value if np.isfinite(value) else None
+        if row in trained:
+            fates.append(Fate(row, "kept", score, ""))
+        elif row in rows.unusable:
+            fates.append(Fate(row, "dropped", None, rows.unusable[row]))
+        elif row not in chosen:
+            fates.append(Fate(row, "not used", None, "drawn for validation or test, or beyond max_train_rows"))
+        elif row not in found:
+            fates.append(Fate(row, "dropped", None, "left out by SFTTrainer: max_length cuts off all that is learnt"))
+        else:
+            fates.append(Fate(row, "dropped", score, reason or f"score {value:.4g}: dropped by {policy}"))
+    return fates
+
+
+def found(scores: ForValueScores, rows: Dataset, kept: Dataset) -> dict[str, float]:
     """AUC of clean against noisy rows, and the share of noisy rows among the dropped and the kept."""
     from sklearn.metrics import roc_auc_score  # only to check the filter against a known truth
 
@@ -85,18 +139,56 @@ def found(scores: ForValueScores, rows, kept) -> dict[str, float]:
     }
 
 
-def show(scores: ForValueScores, rows, n: int) -> None:
-    """The best and the worst rows, to be read."""
-    order = [i for i in np.argsort(-scores.values) if np.isfinite(scores.values[i])]
-    for title, chosen in (("best", order[:n]), ("worst", order[::-1][:n])):
-        print(f"\n{title} rows")
-        for i in chosen:
-            noisy = " (noisy)" if "is_noisy" in rows.column_names and rows[int(i)]["is_noisy"] else ""
-            columns = [c for c in ("text", "prompt", "completion", "messages") if c in rows.column_names]
-            text = " -> ".join(repr(rows[int(i)][c])[:160] for c in columns)
-            print(f"  {scores.values[i]:+.4g}{noisy}  {text}")
+def show(fates: list[Fate], rows: Rows, n: int) -> None:
+    """The worst and the best rows, to be read."""
+    at = {row: i for i, row in enumerate(rows.train[ROW])}
+    best = sorted((fate for fate in fates if fate.score is not None), key=lambda fate: -fate.score)  # type: ignore
+    for title, chosen in (("worst", best[::-1][:n]), ("best", best[:n])):
+        print(f"\n{title} rows of {rows.source.name}")
+        for fate in chosen:
+            row = rows.train[at[fate.row]]
+            noisy = ", noisy" if row.get("is_noisy") else ""
+            print(f"  {rows.source.place(fate.row)} ({fate.what}{noisy})  {fate.score:+.4g}  {shown(row, rows)}")
+
+
+def shown(row: dict[str, Any], rows: Rows) -> str:
+    """A prompt and its completion, the last two turns, or a text, long ones without their middle."""
+    turns = row.get("completion") or row.get("messages") or row.get("conversations") or row.get(rows.text_field)
+    parts = [row["prompt"], turns] if "completion" in row else turns
+    parts = parts[-2:] if isinstance(parts, list) else [parts]
+    texts = [part[-1] if isinstance(part, list) and part else part for part in parts]
+    texts = [text.get("content", text.get("value")) if isinstance(text, dict) else text for text in texts]
+    return " -> ".join(map(_cut, map(str, texts)))
+
+
+def _cut(text: str) -> str:
+    return repr(text) if len(text) <= 100 else f"{text[:60]!r} ... {text[-30:]!r}"
+
+
+def write(fates: list[Fate], rows: Rows, folder: Path, trial: bool) -> None:
+    """Kept and dropped rows in the form they came in, and a table of every row; the table alone after a trial."""
+    source = rows.source
+    folder.mkdir(parents=True, exist_ok=True)
+    print()
+    if not trial:
+        kept = [fate.row for fate in fates if fate.what == "kept"]
+        dropped = [fate for fate in fates if fate.what == "dropped"]
+        more: dict[str, list[Any]] = {"forvalue_row": [fate.row for fate in dropped]}
+        if source.lines is not None:
+            more["forvalue_line"] = [source.lines[fate.row] for fate in dropped]
+        more |= {"forvalue_score": [fate.score for fate in dropped], "forvalue_reason": [f.reason for f in dropped]}
+        files = source.write(folder / "kept", kept), source.write(folder / "dropped", [f.row for f in dropped], more)
+        print(f"kept rows     {files[0]} ({len(kept):,})")
+        print(f"dropped rows  {files[1]} ({len(dropped):,}, with place, score and reason)")
+    with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["row", "line", "what", "score", "reason"])
+        for fate in fates:
+            line = "" if source.lines is None else source.lines[fate.row]
+            table.writerow([fate.row, line, fate.what, "" if fate.score is None else fate.score, fate.reason])
+    print(f"every row     {folder / 'rows.csv'} (place, score, fate)", flush=True)
 
 
 if __name__ == "__main__":
-    parser = TrlParser((PrefilterConfig, DataConfig, ForValueConfig, SFTConfig, ModelConfig))
-    main(*parser.parse_args_and_config())
+    with without_traceback():
+        main(*parse(PrefilterConfig, DataConfig, ForValueConfig, SFTConfig, ModelConfig))

@@ -2,8 +2,11 @@
 
     accelerate launch recipes/reweight_sft.py --config recipes/reweight_sft.yaml
     accelerate launch --num_processes 2 --cpu recipes/reweight_sft.py --config recipes/reweight_sft.yaml
+    accelerate launch recipes/reweight_sft.py --config recipes/reweight_sft.yaml \
+        --model_name_or_path Qwen/Qwen2.5-0.5B --data my_rows.jsonl --validation_data my_trusted_rows.jsonl
 
-The same flags as `recipes/prefilter_sft.py`, and any policy: `reweight:1.0`, `drop:0.2`, `drop:0.1+reweight:0.5`.
+The same rows and flags as `recipes/prefilter_sft.py`, and any policy: `reweight:1.0`, `drop:0.2`,
+`drop:0.1+reweight:0.5`.
 """
 
 from __future__ import annotations
@@ -11,11 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from data import DataConfig, load_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from sft import make_trainer, parse, policy_of, without_traceback
+from trl import ModelConfig, SFTConfig
 
-from forvalue_callbacks import TINY_MODEL, ForValueCallback, ForValueConfig
-from forvalue_callbacks.policies import parse_policy
+from forvalue_callbacks import ForValueCallback, ForValueConfig
 
 
 @dataclass
@@ -26,26 +28,22 @@ class ReweightConfig:
 def main(
     recipe: ReweightConfig, data: DataConfig, scoring: ForValueConfig, training: SFTConfig, model_config: ModelConfig
 ) -> dict[str, float]:
-    name = model_config.model_name_or_path or str(TINY_MODEL)
-    train, validation, test = load_rows(data)
-    trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(name, dtype=model_config.dtype),
-        args=training,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=AutoTokenizer.from_pretrained(name),
-        peft_config=get_peft_config(model_config),
-        callbacks=[ForValueCallback(validation, parse_policy(recipe.policy), scoring)],
-    )
-    before = trainer.evaluate()
+    policy = policy_of(recipe.policy)
+    rows = load_rows(data, training.dataset_text_field)
+    callback = ForValueCallback(rows.validation, policy, scoring)
+    trainer = make_trainer(rows, training, model_config, [callback])
+    before = None if rows.test is None else trainer.evaluate()["eval_loss"]
     trainer.train()
-    report = {k: v for k, v in trainer.state.log_history[1].items() if k.startswith("forvalue")}
-    report |= {"test_loss_before": before["eval_loss"], "test_loss_after": trainer.evaluate()["eval_loss"]}
+    logged = next(entry for entry in trainer.state.log_history if "forvalue_kept" in entry)
+    report = {key: value for key, value in logged.items() if key.startswith("forvalue")}
+    if before is not None:
+        report |= {"test_loss_before": before, "test_loss_after": trainer.evaluate()["eval_loss"]}
+    trainer.save_model()
     if trainer.accelerator.is_main_process:
         print({k: round(v, 4) for k, v in report.items()})
     return report
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ReweightConfig, DataConfig, ForValueConfig, SFTConfig, ModelConfig))
-    main(*parser.parse_args_and_config())
+    with without_traceback():
+        main(*parse(ReweightConfig, DataConfig, ForValueConfig, SFTConfig, ModelConfig))

@@ -1,6 +1,7 @@
 """What is written down runs: README blocks, examples, recipes."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -30,7 +31,7 @@ RECIPES = {
 # Run by tests of their own.
 ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm"}
 # Modules that recipes share, not scripts.
-SHARED = {"data", "influence_comparison", "influence_report", "influence_tasks", "shapes", "vlm_tasks"}
+SHARED = {"data", "files", "sft", "influence_comparison", "influence_report", "influence_tasks", "shapes", "vlm_tasks"}
 
 
 def test_every_recipe_is_known_here():
@@ -65,6 +66,10 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
     if name == "find_mislabels":
         assert out.count("\n| ") == 1 + 6 + 5 + 3 + 7, "directions, other normalisations, cheap rivals, classifiers"
         assert Path("out/auc.png").is_file()
+    if name in ("prefilter_sft", "reweight_sft"):
+        assert {"adapter_model.safetensors", "forvalue_scores.parquet"} <= {
+            path.name for path in Path("out").iterdir()
+        }
     if name == "prefilter_sft":
         report = json.loads(Path("out/report.json").read_text())
         assert report["rows"] == 40
@@ -84,26 +89,23 @@ def test_there_are_three_examples():
     assert len(EXAMPLES) == 3
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    from forvalue_callbacks import TINY_MODEL
-    from forvalue_callbacks.tiny import instructions
-
-    monkeypatch.chdir(tmp_path)
+def test_the_readmes_python_runs_as_it_stands(tmp_path):
+    """In a process of its own, with nothing put in the place of anything: as somebody pastes it."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    names = {
-        "SFTTrainer": SFTTrainer,
-        "SFTConfig": lambda *_: SFTConfig(output_dir="out", max_steps=1, bf16=False, report_to=[], save_strategy="no"),
-        "model": AutoModelForCausalLM.from_pretrained(TINY_MODEL),
-        "train": instructions(40, seed=0),
-        "validation": instructions(60, seed=1),
-    }
-    for block in blocks:
-        exec(block, names)
-    assert names["trainer"].state.global_step == 1
+    assert len(blocks) == 1
+    assert "bf16" not in blocks[0], "TRL's own default"
+    (tmp_path / "script.py").write_text(blocks[0])
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = done.stdout + done.stderr
+    for said in (
+        "scoring 100 rows by 100 validation rows: 2 passes",
+        "evidence    on your 100",
+        "policy      drop:auto",
+    ):
+        assert said in seen, said
+    assert (tmp_path / "out" / "forvalue_scores.parquet").is_file()
 
 
 def test_the_readmes_tree_names_every_module():
@@ -120,9 +122,8 @@ def test_every_setting_has_help():
     sys.path.insert(0, str(ROOT / "recipes"))
     for path in (ROOT / "recipes").glob("*.py"):
         module = runpy.run_path(str(path), run_name="looked_at")
-        configs += [
-            c for c in module.values() if is_dataclass(c) and isinstance(c, type) and c.__module__ == "looked_at"
-        ]
+        here = [c for c in module.values() if isinstance(c, type) and c.__module__ == "looked_at"]
+        configs += [c for c in here if is_dataclass(c) and c.__name__.endswith("Config")]
     assert len(configs) > 5
     for config in configs:
         for spec in fields(config):
@@ -143,8 +144,7 @@ def test_one_parser_takes_our_config_beside_those_of_trl():
         "7",
         "--model_name_or_path",
         "m",
-        "--bf16",
-        "False",
+        "--use_cpu",
     ]
     scoring, training, model = TrlParser((ForValueConfig, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
     assert (scoring.direction, training.max_length, model.model_name_or_path) == ("whitened", 7, "m")
@@ -161,7 +161,7 @@ def test_the_public_names_are_all_there():
 
 def test_noise_is_put_into_the_rows_that_say_so(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from data import _fill, change_words, swap_answers
+    from data import change_words, swap_answers
     from datasets import Dataset
 
     answers = [" ".join(f"w{i}-{k}" for k in range(1 + i % 5)) for i in range(50)]
@@ -178,7 +178,6 @@ def test_noise_is_put_into_the_rows_that_say_so(monkeypatch):
     longer, shorter = more_words(True), more_words(False)
     assert min(longer) == 1
     assert max(shorter) == 0 > min(shorter)
-    assert _fill({"a": 1}, "{a}\\n", "{a}") == {"prompt": "1\n", "completion": "1"}, "a shell gives two characters"
 
 
 def test_free_form_noise_goes_through_the_noise_recipe(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import spearmanr
 
-from forvalue_callbacks.scores import ForValueScores, grouped_reasons, spearman
+from forvalue_callbacks.scores import PARTS, ForValueScores, grouped_reasons, spearman
 
 MADE_OF = {"weights": "w1", "validation": "v1", "data": "d1", "config": "c1"}
 
@@ -68,15 +68,18 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypat
 @pytest.mark.parametrize("part", MADE_OF)
 def test_scores_made_of_another_part_are_refused_by_its_name(tmp_path, part):
     make_scores().save(tmp_path / "scores.parquet")
-    with pytest.raises(ValueError, match=rf"made with other {part} \({part} is {MADE_OF[part]}, expected other\)"):
+    with pytest.raises(ValueError, match=f"made with other {PARTS[part]}: score again") as error:
         ForValueScores.load(tmp_path / "scores.parquet", expected=MADE_OF | {part: "other"})
+    assert MADE_OF[part] not in str(error.value).replace(str(tmp_path), ""), "no hash in what people read"
     others = {key: value for key, value in MADE_OF.items() if key != part}
     ForValueScores.load(tmp_path / "scores.parquet", expected=others)
 
 
 def test_scores_that_do_not_say_what_made_them_match_no_expectation(tmp_path):
     make_scores(made_of={}).save(tmp_path / "scores.parquet")
-    with pytest.raises(ValueError, match="weights and validation and data and config"):
+    with pytest.raises(
+        ValueError, match="other weights and other validation rows and other training rows and other settings"
+    ):
         ForValueScores.load(tmp_path / "scores.parquet", expected=MADE_OF)
 
 
@@ -111,7 +114,8 @@ def test_the_summary_counts_missing_rows_by_reason_and_shows_the_bias_towards_lo
     for row, reason in ((0, "too long"), (4, "no labelled tokens"), (5, "too long")):
         values[row], reasons[row] = np.nan, reason
     text = ForValueScores(values, reasons, np.zeros(10), n_labelled).summary()
-    assert "rows        10\nscored      7\nnot scored  2: too long\nnot scored  1: no labelled tokens" in text
+    assert text.startswith("rows        10\nscored      7\nscore ")
+    assert text.endswith("\nnot scored  2: too long\nnot scored  1: no labelled tokens")
     assert "min 4 " in text
     assert "median 14 " in text
     assert "max 20" in text
@@ -121,6 +125,53 @@ def test_the_summary_counts_missing_rows_by_reason_and_shows_the_bias_towards_lo
 def test_a_summary_without_any_score_still_tells_the_reasons():
     scores = ForValueScores(np.full(2, np.nan), ["a", "b"], np.zeros(2), np.zeros(2))
     assert scores.summary().splitlines()[1:] == ["scored      0", "not scored  1: a", "not scored  1: b"]
+
+
+def test_the_summary_shows_the_evidence_before_anything_that_many_rows_could_fill():
+    reasons = [None, *(f"{n} tokens, but the model takes 512" for n in range(600, 640))]
+    values = np.array([1.0, *[np.nan] * 40])
+    report = ["evidence    on your 9 rows", "noise       0.3"]
+    scores = ForValueScores(values, reasons, np.zeros(41), np.ones(41), {"noise": {"report": report}})
+    lines = scores.summary().splitlines()
+    assert lines[2:4] == report
+    assert lines[-1] == "not scored  40: 600 to 639 tokens, but the model takes 512"
+    assert len(lines) == 7
+
+
+def test_scores_are_shown_in_three_lines_whatever_is_in_them():
+    scores = make_scores(5000)
+    assert repr(scores).splitlines() == [
+        f"ForValueScores of 5,000 rows, 4,286 with a score from {np.nanmin(scores.values):.4g} to "
+        f"{np.nanmax(scores.values):.4g} (median {np.nanmedian(scores.values):.4g})",
+        "without: 714 x no labelled tokens",
+    ]
+    scores.reasons[2], scores.metadata["noise"] = "too long", {"report": ["a", "b"]}
+    assert repr(scores).splitlines()[1:] == [
+        "without: 713 x no labelled tokens and 1 other reasons",
+        "log odds that a row is clean",
+    ]
+    assert repr(ForValueScores([], [], [], [])) == "ForValueScores of 0 rows, 0 with a score"
+
+
+def test_reasons_bring_nothing_into_logs_and_files_that_these_do_not_bear(tmp_path):
+    reasons = ["half \ud83d of an emoji", "\x1b[31mred\x00\n", "caf\u00e9 \u4f60\u597d"]
+    scores = ForValueScores(np.full(3, np.nan), reasons, np.zeros(3), np.zeros(3))
+    scores.save(tmp_path / "scores.parquet")
+    loaded = ForValueScores.load(tmp_path / "scores.parquet")
+    assert loaded.reasons == ["half ? of an emoji", "?[31mred??", "caf\u00e9 \u4f60\u597d"]
+    assert loaded.summary().isascii() is False
+    assert "\x1b" not in loaded.summary()
+
+
+def test_a_file_that_is_no_table_is_refused_and_one_that_is_not_there_is_missing(tmp_path):
+    (tmp_path / "scores.parquet").write_text("row,score\n0,1\n")
+    (tmp_path / "empty.parquet").touch()
+    (tmp_path / "folder.parquet").mkdir()
+    for name in ("scores", "empty", "folder"):
+        with pytest.raises(ValueError, match=rf"{name}\.parquet cannot be read as a Parquet file.*output_dir"):
+            ForValueScores.load(tmp_path / f"{name}.parquet")
+    with pytest.raises(FileNotFoundError):
+        ForValueScores.load(tmp_path / "missing.parquet")
 
 
 def test_the_rank_correlation_agrees_with_scipy_where_there_are_ties():
