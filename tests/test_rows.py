@@ -17,7 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers_for_tests import EOS, build_tokenizer, chatml
-from transformers import CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, LlavaProcessor
+from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM, LlavaProcessor
 from trl import SFTConfig, SFTTrainer, TrlParser
 from trl.chat_template_utils import qwen2_5_chat_template
 
@@ -113,7 +113,7 @@ OPTIONS = {
 def processor():
     template = chatml().replace("message.content", "message.content[0].text")
     return LlavaProcessor(
-        CLIPImageProcessorPil(), build_tokenizer(), patch_size=14, image_token="<pad>", chat_template=template
+        CLIPImageProcessor(), build_tokenizer(), patch_size=14, image_token="<pad>", chat_template=template
     )
 
 

@@ -7,7 +7,8 @@ import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
-from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from transformers import trainer_pt_utils
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from forvalue_callbacks.sampler import OFFSET_GRID, ResamplingSampler, find_sampler, install_sampler
 
@@ -247,7 +248,6 @@ class HalfSampler(SequentialSampler):
         (DataLoader(datasets.Dataset.from_dict({"x": ROWS}).to_iterable_dataset()), "streaming data"),
         (DataLoader(ROWS, batch_size=None), "has no batch_sampler"),
         (DataLoader(ROWS, batch_sampler=OneBatchAtATime()), "OneBatchAtATime makes whole batches"),
-        (DataLoader(ROWS, batch_sampler=BatchRebalanceSampler(ROWS, 8, 2, 2)), "BatchRebalanceSampler makes whole"),
         (
             DataLoader(ROWS, sampler=HalfSampler(ROWS)),
             "HalfSampler draws 48 rows per epoch and there are 97 to weight",
@@ -257,6 +257,13 @@ class HalfSampler(SequentialSampler):
 )
 def test_a_loader_that_cannot_be_resampled_is_refused_with_the_way_out(loader, reason):
     with pytest.raises(ValueError, match=rf"{reason}.*prefilter\(trainer\), or dataset\.map\(ForValueTransform"):
+        install_sampler(loader, DROP, seed=0)
+
+
+@pytest.mark.newest
+def test_a_sampler_of_balanced_batches_is_refused_with_the_way_out():
+    loader = DataLoader(ROWS, batch_sampler=trainer_pt_utils.BatchRebalanceSampler(ROWS, 8, 2, 2))
+    with pytest.raises(ValueError, match="BatchRebalanceSampler makes whole"):
         install_sampler(loader, DROP, seed=0)
 
 
