@@ -28,22 +28,11 @@ _PROMPTS = (
 )
 # Arguments of TRL's trainers by name (TRL need not be here, and frameworks have classes of their own around these).
 _OTHER_ROWS = {
-    **dict.fromkeys(("DPOConfig", "ORPOConfig", "CPOConfig", "RewardConfig", "TPOConfig"), _PAIRS),
-    **dict.fromkeys(("KTOConfig", "BCOConfig", "PRMConfig"), _MARKED),
+    **dict.fromkeys(["DPOConfig", "ORPOConfig", "CPOConfig", "RewardConfig", "TPOConfig"], _PAIRS),
+    **dict.fromkeys(["KTOConfig", "BCOConfig", "PRMConfig"], _MARKED),
     **dict.fromkeys(
-        (
-            *("GRPOConfig", "RLOOConfig", "PPOConfig", "OnlineDPOConfig", "NashMDConfig", "XPOConfig", "A2POConfig"),
-            *(
-                "AsyncGRPOConfig",
-                "SDPOConfig",
-                "GKDConfig",
-                "GOLDConfig",
-                "MiniLLMConfig",
-                "SDFTConfig",
-                "IWOPDConfig",
-            ),
-            *("DistillationConfig", "AsyncDistillationConfig"),
-        ),
+        """GRPOConfig AsyncGRPOConfig RLOOConfig PPOConfig OnlineDPOConfig NashMDConfig XPOConfig A2POConfig SDPOConfig
+        GKDConfig GOLDConfig MiniLLMConfig SDFTConfig IWOPDConfig DistillationConfig AsyncDistillationConfig""".split(),
         _PROMPTS,
     ),
 }
