@@ -27,14 +27,14 @@ _PROMPTS = (
     "those as rows with 'prompt' and 'completion', by ForValueScorer(model, validation).score(rows)",
 )
 # Arguments of TRL's trainers by name (TRL need not be here, and frameworks have classes of their own around these).
+_OF_PAIRS = "DPOConfig ORPOConfig CPOConfig RewardConfig TPOConfig"
+_OF_MARKED = "KTOConfig BCOConfig PRMConfig"
+_OF_PROMPTS = """GRPOConfig AsyncGRPOConfig RLOOConfig PPOConfig OnlineDPOConfig NashMDConfig XPOConfig A2POConfig
+    SDPOConfig GKDConfig GOLDConfig MiniLLMConfig SDFTConfig IWOPDConfig DistillationConfig AsyncDistillationConfig"""
 _OTHER_ROWS = {
-    **dict.fromkeys(["DPOConfig", "ORPOConfig", "CPOConfig", "RewardConfig", "TPOConfig"], _PAIRS),
-    **dict.fromkeys(["KTOConfig", "BCOConfig", "PRMConfig"], _MARKED),
-    **dict.fromkeys(
-        """GRPOConfig AsyncGRPOConfig RLOOConfig PPOConfig OnlineDPOConfig NashMDConfig XPOConfig A2POConfig SDPOConfig
-        GKDConfig GOLDConfig MiniLLMConfig SDFTConfig IWOPDConfig DistillationConfig AsyncDistillationConfig""".split(),
-        _PROMPTS,
-    ),
+    name: what
+    for names, what in ((_OF_PAIRS, _PAIRS), (_OF_MARKED, _MARKED), (_OF_PROMPTS, _PROMPTS))
+    for name in names.split()
 }
 
 
