@@ -349,8 +349,6 @@ class ForValueScorer:
             if file is not None and all(of_all_ranks({world()[0]: file.is_file()}).values()):
                 self._direction = self._read_direction(file)
             else:
-                if file is not None and world()[0] == 0:
-                    make_folder(file.parent)
                 with left_as_found(self.backbone.model):
                     self._direction = self._fit()
                 if file is not None and world()[0] == 0:
@@ -426,6 +424,9 @@ class ForValueScorer:
     def _check(self) -> None:
         """Before anything is computed: the check finds out how the model is to be run."""
         if not self._checked:
+            file = self._direction_file()
+            if file is not None and world()[0] == 0 and not file.is_file():
+                make_folder(file.parent)
             short = min(self._validation(), key=lambda item: abs(item.tokens - ENOUGH_TOKENS))
             self.backbone.check(self.batcher.collate([short]))
             self._checked = True
