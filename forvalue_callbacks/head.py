@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .core import Head, working_dtype
-from .unembedding import excess, linear_map, named_transforms, seen_transform
+from .unembedding import excess, left_as_found, linear_map, named_transforms, seen_transform
 
 # Two runs that do the same may differ by such a share of the largest hidden state, for sums in another order; in half
 # precision, where one value may be rounded the other way, by such a share of the mean.
@@ -27,19 +27,6 @@ _SAME_HALF = 3e-4
 _CHECKED = 8
 # Outputs of the head at which any soft-cap has saturated; below the largest float16.
 _LARGE = 3e4
-
-
-@contextmanager
-def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode in which it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _HeadReached(Exception):  # noqa: N818 (it stops a forward pass, nothing went wrong)
@@ -337,6 +324,15 @@ class Backbone:
     def _gives(hidden: Tensor, seen: _Seen, real: Tensor) -> bool:
         return hidden.shape == seen.head_input.shape and _same(hidden[real], seen.head_input[real])
 
+    @property
+    def _place_holders(self) -> Tensor:
+        """Token ids that stand for images, videos or sounds."""
+        kinds = ("image", "video", "audio", "vision")
+        fields = self.causal.config.to_dict().items()
+        return torch.tensor(
+            [v for k, v in fields if "token" in k and any(x in k for x in kinds) and type(v) is int], dtype=torch.long
+        )
+
     def _check_causal(
         self,
         batch: Mapping[str, Any],
@@ -351,10 +347,14 @@ class Backbone:
             return
         ids, real = ids.cpu(), real.cpu()
         labels = torch.as_tensor(batch["labels"]).cpu() if "labels" in batch else ids
-        texts = labels[labels >= 0].unique()  # not just any token: the place of an image must stay one
+        held = self._place_holders  # the place of an image must stay one, and none may come
+        texts = labels[(labels >= 0) & ~torch.isin(labels, held)].unique()
         place = torch.arange(ids.shape[1]).expand_as(ids)
         last = (real * place).amax(1, keepdim=True)
         later = nn.functional.pad(labels[:, :-1] >= 0, (1, 0)) & (place > last / 2) & real | (place == last)
+        later &= ~torch.isin(ids, held)
+        if not later.any() or not len(texts):
+            return
         first = torch.where(later, place, ids.shape[1]).amin(1, keepdim=True)
         changed = torch.where(later & (place >= first), texts[torch.searchsorted(texts, ids) % len(texts) - 1], ids)
         changed = torch.where(later & (changed == ids), (ids + 1) % self.head().vocab_size, changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -26,6 +27,19 @@ FLOOR_ELSE = 1e-5
 _FACTORS, _CAPS = ("scal", "multiplier"), ("cap",)
 
 
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def linear_map(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight (V, D) and bias (V,), or None, of the linear map that a head module computes now.
 
@@ -40,7 +54,8 @@ def linear_map(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     if isinstance(module, BaseTunerLayer):
         weight, bias = linear_map(module.get_base_layer(), name)
         active = [] if module.disable_adapters or module.merged else _adapters_on(module)
-        if not all(_adds_to_weight(module, adapter) for adapter in active):
+        offloaded = any(parameter.is_meta for parameter in module.parameters())
+        if offloaded or not all(_adds_to_weight(module, adapter) for adapter in active):
             return _probed(module, weight, f"{name}: adapter {active!r} on the output head")
         for adapter in active:
             assert isinstance(module, LoraLayer)
@@ -54,7 +69,7 @@ def linear_map(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
             or dense.ndim != 2
             or not dense.is_floating_point()
             or dense.numel() == 0
-            or _is_quantised(dense)
+            or not _is_plain(dense)
         ):
             raise ValueError(
                 f"{name}: the output head {type(module).__name__} has no dense floating-point weight here (quantised, "
@@ -71,9 +86,9 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _is_quantised(tensor: Tensor) -> bool:
-    """A tensor that holds others in place of its values (torchao), though it calls itself floating-point."""
-    return hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "full_tensor")
+def _is_plain(tensor: Tensor) -> bool:
+    """Not of a class that holds its values in another way (torchao, quanto), though it calls itself floating-point."""
+    return type(tensor) in (Tensor, nn.Parameter) or hasattr(tensor, "full_tensor")
 
 
 def _adapters_on(module: BaseTunerLayer) -> list[str]:
@@ -95,7 +110,7 @@ def _probed(module: nn.Module, weight: Tensor, name: str) -> tuple[Tensor, Tenso
         ValueError: what it computes is not linear.
     """
     n = weight.shape[1]
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with left_as_found(module), torch.autocast(weight.device.type, enabled=False):
         bias = module(weight.new_zeros(1, 1, n))[0, 0]
         columns = [
             module(torch.eye(n, dtype=weight.dtype, device=weight.device)[None, lo : lo + BLOCK])[0] - bias
