@@ -136,7 +136,7 @@ class ForValueCallback(TrainerCallback):
         scorer = ForValueScorer(
             model,
             self.validation_dataset,
-            **settings_of(args, self.config),
+            **settings_of(args, self.config, train_dataloader.collate_fn),
             processing_class=processing_class,
             data_collator=train_dataloader.collate_fn,
             progress=progress,
@@ -247,7 +247,7 @@ def _prefilter(
     scorer = ForValueScorer(
         trainer.model,
         validation_dataset,
-        **settings_of(args, config),
+        **settings_of(args, config, trainer.data_collator),
         processing_class=trainer.processing_class,
         data_collator=trainer.data_collator,
         progress=progress,
@@ -268,11 +268,14 @@ def _prefilter(
 _WEIGHTS = "{} weights rows, and prefilter can only keep or drop them: use ForValueCallback."
 
 
-def settings_of(args: TrainingArguments, config: ForValueConfig) -> dict[str, Any]:
+def settings_of(args: TrainingArguments, config: ForValueConfig, data_collator: Any) -> dict[str, Any]:
     """`config` and `rows` of a scorer that prepares rows and runs forward passes as the trainer does."""
     options = {field.name: getattr(args, field.name) for field in fields(RowConfig) if hasattr(args, field.name)}
     if "max_length" not in options or (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
         options["max_length"] = None  # nothing but SFTTrainer's own preparation truncates
+    if options.get("completion_only_loss") is None and hasattr(data_collator, "completion_only_loss"):
+        # Before trl 1.0 the collator labels rows that have lost the columns by which the trainer has decided.
+        options["completion_only_loss"] = data_collator.completion_only_loss
     rows = RowConfig(**options)
     if config.forward_dtype is None and (args.bf16 or args.fp16):
         config = replace(config, forward_dtype="bfloat16" if args.bf16 else "float16")

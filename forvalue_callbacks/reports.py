@@ -72,7 +72,7 @@ def _to_tensorboard(args: Any, step: int, found: dict[str, float]) -> None:
 
     # The folder of transformers' TensorBoardCallback, which has opened its file before the caller's callbacks are
     # asked; `logging_dir` is that of transformers 4.
-    folder = os.getenv("TENSORBOARD_LOGGING_DIR") or getattr(args, "logging_dir", None)
+    folder = getattr(args, "logging_dir", None) or os.getenv("TENSORBOARD_LOGGING_DIR")
     folder = os.path.expanduser(folder or os.path.join(args.output_dir, "runs"))
     files = list(Path(folder).rglob("events.out.tfevents.*"))
     if files:

@@ -118,7 +118,7 @@ def drawn(trainer):
     [
         {},
         {"gradient_accumulation_steps": 2},
-        {"train_sampling_strategy": "group_by_length"},
+        pytest.param({"train_sampling_strategy": "group_by_length"}, marks=pytest.mark.newest),
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     ],
     ids=["plain", "accumulation", "group_by_length", "workers"],
@@ -135,7 +135,11 @@ def test_a_policy_that_keeps_everything_reproduces_the_run_loss_for_loss(tmp_pat
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient_accumulation_steps": 2}, {"train_sampling_strategy": "group_by_length"}],
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        pytest.param({"train_sampling_strategy": "group_by_length"}, marks=pytest.mark.newest),
+    ],
     ids=["plain", "accumulation", "group_by_length"],
 )
 def test_dropped_rows_are_never_drawn_and_steps_and_schedule_stay(tmp_path, options):
@@ -237,7 +241,7 @@ def test_nothing_of_ours_is_in_the_dictionaries_of_others(tmp_path):
     assert json.loads(json.dumps(trainer.state.log_history)) == trainer.state.log_history
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", [False, pytest.param(True, marks=pytest.mark.newest)])  # transformers 4: an argument
 def test_the_numbers_reach_tensorboard(tmp_path, named, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -541,6 +545,7 @@ with open(f"{sys.argv[2]}/rank{args.process_index}.json", "w") as file:
 """
 
 
+@pytest.mark.newest  # the argument for the strategy
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_two_gloo_ranks_have_the_scores_of_one_and_never_draw_a_dropped_row(tmp_path, strategy):
     script = tmp_path / "ranks.py"
@@ -576,11 +581,11 @@ def test_settings_of_the_trainer_reach_the_scorer(tmp_path):
     from forvalue_callbacks.callback import settings_of
 
     args = SFTConfig(output_dir=str(tmp_path), max_length=77, bf16=True, assistant_only_loss=True, use_cpu=True)
-    settings = settings_of(args, ForValueConfig())
+    settings = settings_of(args, ForValueConfig(), None)
     assert settings["rows"].max_length == 77
     assert settings["rows"].assistant_only_loss
     assert settings["config"].forward_dtype == "bfloat16"
-    assert settings_of(args, ForValueConfig(forward_dtype="float16"))["config"].forward_dtype == "float16"
+    assert settings_of(args, ForValueConfig(forward_dtype="float16"), None)["config"].forward_dtype == "float16"
 
 
 def test_drop_auto_refuses_scores_that_are_no_log_odds():

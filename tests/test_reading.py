@@ -456,6 +456,6 @@ def test_a_plain_trainer_does_not_truncate(kind, tmp_path, monkeypatch):
 )
 def test_rows_are_truncated_where_sft_trainer_truncates(options, max_length, tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], **options)
-    assert settings_of(args, ForValueConfig())["rows"].max_length == max_length
+    assert settings_of(args, ForValueConfig(), None)["rows"].max_length == max_length
     plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    assert settings_of(plain, ForValueConfig())["rows"].max_length is None
+    assert settings_of(plain, ForValueConfig(), None)["rows"].max_length is None

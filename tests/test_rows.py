@@ -19,12 +19,18 @@ from datasets import Dataset
 from tokenizers_for_tests import EOS, build_tokenizer, chatml
 from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM, LlavaProcessor
 from trl import SFTConfig, SFTTrainer, TrlParser
-from trl.chat_template_utils import qwen2_5_chat_template
+
+try:
+    from trl.chat_template_utils import qwen2_5_chat_template
+except ImportError:
+    qwen2_5_chat_template = None
 
 from forvalue_callbacks.conversations import refuse_unread
 from forvalue_callbacks.reasons import UnscorableError
 from forvalue_callbacks.rows import Row, RowConfig, RowPreparer
 
+# The rules are those of the newest SFTTrainer.
+pytestmark = pytest.mark.newest
 IDS = list(range(10, 22))
 
 

@@ -172,6 +172,7 @@ def test_two_ranks_together_draw_what_one_rank_draws(split_batches, seedable):
         assert together[:N] == [row for batch in alone for row in batch]  # beyond N the shards fill the last batch
 
 
+@pytest.mark.newest  # accelerate hands on the epoch to loaders that skip batches
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_run_resumed_inside_an_epoch_sees_the_rows_that_were_left(ranks, epoch):
@@ -182,6 +183,7 @@ def test_a_run_resumed_inside_an_epoch_sees_the_rows_that_were_left(ranks, epoch
     assert list(resumed) == batches[5:]
 
 
+@pytest.mark.newest  # accelerate hands on the epoch to loaders that skip batches
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_knows_its_epoch_where_the_wrapped_sampler_knows_none(ranks):
     def loader():
