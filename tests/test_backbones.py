@@ -323,6 +323,7 @@ def test_left_padding_does_not_move_the_places_of_an_image(name, settings):
         flat = model.base_model(
             **padded, position_ids=(padded["attention_mask"].cumsum(-1) - 1).clamp(min=0), use_cache=False
         ).last_hidden_state[:, 4:]
+        backbone.check(padded)  # which changes later tokens, and leaves the image its place
     assert float((left - bare).abs().max()) < 1e-5
     assert float((flat - bare).abs().max()) > 1e-3, "the fault is seen"
 
@@ -340,6 +341,31 @@ def test_offloaded_weights_are_read_where_they_are_kept(how, tmp_path):
     values = ForValueScorer(model, rows[4:], progress=False).score(rows[:4]).values
     assert np.array_equal(values, expected)
     assert model.lm_head.weight.is_meta
+
+
+def test_an_offloaded_head_under_an_adapter_is_read_without_dropout():
+    lora = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, lora_dropout=0.5)
+    torch.manual_seed(0)
+    plain = peft.get_peft_model(build_model(), lora)
+    torch.manual_seed(0)
+    offloaded = peft.get_peft_model(build_model(), lora).train()
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    rows = build_rows(6)
+    values = ForValueScorer(offloaded, rows[3:], progress=False).score(rows[:3]).values
+    expected = ForValueScorer(plain, rows[3:], progress=False).score(rows[:3]).values
+    assert np.abs(values - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+class Quantised(torch.Tensor):
+    """As torchao's: it says that it is floating-point."""
+
+
+def test_a_quantised_head_is_refused_by_name_and_weights_that_are_nowhere_too():
+    model = build_model()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.as_subclass(Quantised), requires_grad=False)
+    for refused in (model, build_model().to("meta")):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM: the output head Linear has no dense.*quantised"):
+            Backbone(refused)
 
 
 def test_wrappers_are_looked_through_however_they_are_nested():
