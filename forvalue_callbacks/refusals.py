@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, Subset
 
 from .policies import Policy
+from .reading import examples_of
 from .scores import ForValueScores
 
 _PAIRS = (
@@ -74,6 +75,23 @@ def refuse_policy(policy: Policy, log_odds: bool) -> None:
         )
 
 
+def _column(dataset: Any, column: str, policy: Policy) -> Any:
+    """A column of a data set, read row by row where it does not know its columns."""
+    names = getattr(dataset, "column_names", None)
+    if names is not None and column in names:
+        return dataset[column]
+    values = []
+    for row, example in enumerate(examples_of(dataset) if names is None else [None]):
+        if not isinstance(example, Mapping) or column not in example:
+            which = "the training rows have" if names is not None else f"training row {row} has"
+            raise ValueError(
+                f"{policy}: {which} no column {column!r} here. Trainers remove columns that the model does not take: "
+                "set remove_unused_columns=False, or pass the groups by hand (groups=[...])."
+            )
+        values.append(example[column])
+    return values
+
+
 def groups_of(policy: Policy, dataset: Any, groups: Sequence[Any] | None) -> list[Any] | None:
     """Group of each row, (N,), as a policy needs them: those given, or its column of the data set.
 
@@ -88,15 +106,11 @@ def groups_of(policy: Policy, dataset: Any, groups: Sequence[Any] | None) -> lis
             )
         return None
     if groups is None:
-        if column not in (getattr(dataset, "column_names", None) or ()):
-            raise ValueError(
-                f"{policy}: the training rows have no column {column!r} here. Trainers remove columns that the model "
-                "does not take: set remove_unused_columns=False, or pass the groups by hand (groups=[...])."
-            )
-        groups = dataset[column]
-    values = groups.tolist() if hasattr(groups, "tolist") else list(groups)
-    if isinstance(groups, str) or len(values) != len(dataset):
-        given = "text" if isinstance(groups, str) else f"{len(values)} groups"
+        groups = _column(dataset, column, policy)
+    listed = isinstance(groups, Iterable) and not isinstance(groups, (str, Mapping))
+    values = groups.tolist() if hasattr(groups, "tolist") else list(groups) if listed else []
+    if not listed or len(values) != len(dataset):
+        given = f"{len(values)} groups" if listed else f"{type(groups).__name__} in place of a list"
         raise ValueError(f"{policy} needs a group for each of {len(dataset)} training rows, and there is {given}.")
     for row, value in enumerate(values):
         try:

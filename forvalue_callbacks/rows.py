@@ -381,7 +381,7 @@ def has_images(example: Mapping[str, Any]) -> bool:
 def _is_empty(images: Any) -> bool:
     if isinstance(images, (list, tuple)):
         return all(image is None for image in images)
-    return images is None
+    return images is None or (isinstance(images, str) and not images)  # as a CSV file has it
 
 
 def refuse_packed(example: Mapping[str, Any]) -> None:

@@ -77,12 +77,25 @@ def test_prefilter_has_no_use_for_weights(tmp_path, policy):
     [
         (None, r"no column 'source'.*remove_unused_columns=False.*groups=\["),
         (["a"] * 23, "a group for each of 24 training rows, and there is 23 groups"),
-        ("source", "there is text"),
+        ("source", "there is str in place of a list"),
+        (5, "there is int in place of a list"),
         ([["a"]] * 24, "the group of row 0 is a list: make it text or a number"),
     ],
 )
 def test_groups_that_do_not_fit(tmp_path, way, groups, match):
     refused(tmp_path, way("drop:0.5@source", groups=groups), match)
+
+
+@pytest.mark.parametrize("kind", [list, lambda rows: Subset(Dataset.from_list(rows), range(24))])
+def test_groups_are_read_row_by_row_where_a_data_set_knows_no_columns(tmp_path, kind):
+    rows = [{**row, "source": i % 2} for i, row in enumerate(rows_with_id())]
+    trainer = make_trainer(tmp_path, train=kind(rows))
+    prefilter(trainer, VALIDATION, "drop:0.5@source", verbose=False)
+    kept = [trainer.train_dataset[i]["source"] for i in range(len(trainer.train_dataset))]
+    assert sorted(np.bincount(kept)) == [6, 6]
+    del rows[5]["source"]
+    with pytest.raises(ValueError, match="training row 5 has no column 'source'"):
+        prefilter(make_trainer(tmp_path, train=rows), VALIDATION, "drop:0.5@source")
 
 
 @pytest.mark.parametrize("way", [callback, filtered])

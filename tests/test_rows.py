@@ -447,7 +447,9 @@ def test_nothing_of_a_row_is_in_its_reason():
         assert len(reason) <= 400
 
 
-@pytest.mark.parametrize("images", [{"images": []}, {"image": None}, {"images": None, "pixel_values": None}])
+@pytest.mark.parametrize(
+    "images", [{"images": []}, {"image": None}, {"images": ""}, {"images": None, "pixel_values": None}]
+)
 def test_an_empty_column_is_no_image(images, tokenizer):
     for example in (PAIRS[0], {"input_ids": IDS, "labels": IDS}):
         plain = RowPreparer(tokenizer)(example)
