@@ -38,6 +38,7 @@ from forvalue_callbacks import (
     Reweight,
     Threshold,
 )
+from forvalue_callbacks.policies import Policy
 from forvalue_callbacks.tiny import instructions
 
 # As published first; the last one is what the fine-tuning drops and reweights by.
@@ -173,17 +174,21 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
     rng = np.random.default_rng(config.seed)
     best = DIRECTIONS[-1]
     drop = Drop(config.noise)
+
+    def filtering(policy: Policy, scores: ForValueScores) -> ForValueCallback:
+        return ForValueCallback(validation, policy, scores=scores, verbose=False)  # what they say stands above
+
     runs: dict[str, tuple[str | None, ForValueCallback | None]] = {
         "all rows": (None, None),
-        "random drop": (None, ForValueCallback(validation, drop, scores=constant_scores(rng.random(len(train))))),
+        "random drop": (None, filtering(drop, constant_scores(rng.random(len(train))))),
     }
     for direction in ("gradient", best):
         runs[f"drop by {direction}"] = (
             direction,
-            ForValueCallback(validation, policy(direction, config), scores=valued[direction]),
+            filtering(policy(direction, config), valued[direction]),
         )
-    runs[f"reweight by {best}"] = best, ForValueCallback(validation, Reweight(0.5), scores=valued[best])
-    runs["clean rows only"] = None, ForValueCallback(validation, Threshold(0.5), scores=constant_scores(~noisy))
+    runs[f"reweight by {best}"] = best, filtering(Reweight(0.5), valued[best])
+    runs["clean rows only"] = None, filtering(Threshold(0.5), constant_scores(~noisy))
     table = []
     for name, (direction, callback) in (bar := tqdm(runs.items(), desc="fine-tuning", unit="run")):
         trainer = make_trainer(config, train, test, [callback] if callback else [])
