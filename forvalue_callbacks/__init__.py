@@ -4,28 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callback import ForValueCallback, prefilter
     from .policies import Drop, Keep, Reweight, Threshold
     from .scorer import ForValueConfig, ForValueScorer
-    from .scores import ForValueScores
-    from .tiny import TINY_MODEL
+    from .scores.scores import ForValueScores
+    from .tiny.world import TINY_MODEL
+    from .trainer.callback import ForValueCallback, prefilter
     from .transform import ForValueTransform
 
 __version__ = "0.1.0"
 
 # Imported when first asked for, so that `forvalue_callbacks.core` needs torch alone.
 _HOME = {
-    "TINY_MODEL": "tiny",
+    "TINY_MODEL": "tiny.world",
     "Drop": "policies",
-    "ForValueCallback": "callback",
+    "ForValueCallback": "trainer.callback",
     "ForValueConfig": "scorer",
     "ForValueScorer": "scorer",
-    "ForValueScores": "scores",
+    "ForValueScores": "scores.scores",
     "ForValueTransform": "transform",
     "Keep": "policies",
     "Reweight": "policies",
     "Threshold": "policies",
-    "prefilter": "callback",
+    "prefilter": "trainer.callback",
 }
 
 __all__ = [

@@ -22,7 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import core
-from .auto import (
+from .core.fit import Fit, fit_head
+from .data.corruption import word_starts
+from .data.reading import kept
+from .data.sft import RowConfig, RowPreparer
+from .methods.auto import (
     REPEATED,
     ROWS,
     VALIDATION,
@@ -32,16 +36,12 @@ from .auto import (
     score_labels,
     share_repeated,
 )
-from .batching import Batcher, Item, Labelled, concatenate, joined, of_all_ranks, world
-from .corruption import word_starts
-from .evidence import OVERFLOW
-from .fingerprint import digest, hash_weights
-from .fitting import Fit, fit_head
-from .head import Backbone, left_as_found
+from .methods.measures import OVERFLOW
+from .model.backbone import Backbone, left_as_found
+from .model.fingerprint import digest, hash_weights
+from .model.run import Batcher, Item, Labelled, concatenate, joined, of_all_ranks, world
 from .progress import Pass, Plan, Progress, aside, size
-from .reading import kept
-from .rows import RowConfig, RowPreparer
-from .scores import ForValueScores, make_folder
+from .scores.scores import ForValueScores, make_folder
 
 logger = logging.getLogger(__name__)
 

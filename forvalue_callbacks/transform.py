@@ -13,8 +13,8 @@ import xxhash
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from .reading import kept
-from .rows import RowConfig
+from .data.reading import kept
+from .data.sft import RowConfig
 from .scorer import ForValueConfig, ForValueScorer
 
 # What the transforms of this process hold. `datasets` hashes a function by pickling it, and the pickle of a model

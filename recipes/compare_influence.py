@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from forvalue_callbacks import TINY_MODEL, baselines
-from forvalue_callbacks.rows import Row, RowConfig, RowPreparer
+from forvalue_callbacks.data.sft import Row, RowConfig, RowPreparer
 
 LOSSES = ["answer", "full"]
 

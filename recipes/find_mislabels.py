@@ -35,8 +35,8 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, baselines
-from forvalue_callbacks.head import left_as_found
-from forvalue_callbacks.tiny import instructions
+from forvalue_callbacks.model.backbone import left_as_found
+from forvalue_callbacks.tiny.world import instructions
 
 LABEL_NOISES, FREE_NOISES = ("symmetric", "confusable"), ("swapped", "deleted", "inserted")
 DIRECTIONS = ForValueConfig.__dataclass_fields__["direction"].metadata["choices"]

@@ -18,9 +18,9 @@ from transformers import Trainer, TrainingArguments
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, baselines
 from forvalue_callbacks.baselines.batches import batches, prepared
-from forvalue_callbacks.batching import pad
 from forvalue_callbacks.core import Head
-from forvalue_callbacks.head import Backbone
+from forvalue_callbacks.model.backbone import Backbone
+from forvalue_callbacks.model.run import pad
 
 LORA_METHODS: dict[str, Callable[..., Tensor]] = {
     "Hessian-free (TracIn)": baselines.tracin,

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from forvalue_callbacks import TINY_MODEL
-from forvalue_callbacks.batching import pad
-from forvalue_callbacks.rows import IGNORED, Row, RowConfig, RowPreparer
+from forvalue_callbacks.data.sft import IGNORED, Row, RowConfig, RowPreparer
+from forvalue_callbacks.model.run import pad
 
 SIZE, PATCH = 32, 8
 COLOURS = {

@@ -6,7 +6,7 @@ import numpy as np
 from conftest import build_model
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
-from forvalue_callbacks.auto import _warn_of_other_forms
+from forvalue_callbacks.methods.auto import _warn_of_other_forms
 
 EOS = 2
 

@@ -11,11 +11,13 @@ from oracles import relative, row_gradient
 from test_scorer import inverse_second_moment
 
 from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform, baselines
-from forvalue_callbacks.auto import _scores
-from forvalue_callbacks.batching import Batcher, concatenate
-from forvalue_callbacks.calibration import fit_classifier, log_odds, shares
-from forvalue_callbacks.corruption import KINDS, answer_span, corrupted, word_starts
-from forvalue_callbacks.evidence import (
+from forvalue_callbacks.core.softmax import fit_softmax
+from forvalue_callbacks.data.corruption import KINDS, answer_span, corrupted, word_starts
+from forvalue_callbacks.data.sft import Row, RowPreparer
+from forvalue_callbacks.methods.auto import _scores
+from forvalue_callbacks.methods.calibration import fit_classifier, log_odds, shares
+from forvalue_callbacks.methods.label_model import _expectation, fit_labels
+from forvalue_callbacks.methods.measures import (
     FOLDS,
     HALF_CANDIDATES,
     ROW_CANDIDATES,
@@ -25,10 +27,8 @@ from forvalue_callbacks.evidence import (
     Measured,
     n_grams,
 )
-from forvalue_callbacks.labels import _expectation, fit_labels
-from forvalue_callbacks.rows import Row, RowPreparer
-from forvalue_callbacks.scores import auc
-from forvalue_callbacks.softmax import fit_softmax
+from forvalue_callbacks.model.run import Batcher, concatenate
+from forvalue_callbacks.scores.scores import auc
 
 EOS = 2
 
@@ -405,7 +405,7 @@ def test_no_row_is_matched_by_what_was_learned_from_it_or_its_original(monkeypat
             folds.append(fold)
             return super().__call__(prompt_ND, answer_ND, fold)
 
-    monkeypatch.setattr("forvalue_callbacks.auto.Match", Noted)
+    monkeypatch.setattr("forvalue_callbacks.methods.auto.Match", Noted)
     rng = np.random.default_rng(0)
     scores_of(drawn(rng, 40), {"swapped": drawn(rng, 40, 2.0)}, drawn(rng, 50))
     learned, clean, copies, train = folds
@@ -424,7 +424,7 @@ def test_answers_are_swapped_within_a_half(monkeypatch):
             raise RuntimeError("seen enough")
         return [None] * len(rows)
 
-    monkeypatch.setattr("forvalue_callbacks.auto.corrupted", noted)
+    monkeypatch.setattr("forvalue_callbacks.methods.auto.corrupted", noted)
     scorer = ForValueScorer(build_model(), held_out, ForValueConfig(direction="auto"), progress=False)
     with pytest.raises(RuntimeError, match="seen enough"):
         scorer.score(answered(3))
@@ -433,7 +433,7 @@ def test_answers_are_swapped_within_a_half(monkeypatch):
 
 def test_wide_states_are_kept_along_their_leading_directions(monkeypatch):
     """Prompts along those of the held-out rows' prompts, answers along those of their answers."""
-    monkeypatch.setattr("forvalue_callbacks.evidence.MATCH_DIMENSIONS", 4)
+    monkeypatch.setattr("forvalue_callbacks.methods.measures.MATCH_DIMENSIONS", 4)
     model, rows, held_out = build_model("llama", torch.float64), answered(8, seed=1), answered(12, seed=2)
     scorer = ForValueScorer(model, held_out, progress=False)
     head = scorer.backbone.head()

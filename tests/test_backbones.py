@@ -13,7 +13,7 @@ from oracles import row_gradient
 from torch import nn
 
 from forvalue_callbacks import ForValueScorer
-from forvalue_callbacks.head import Backbone
+from forvalue_callbacks.model.backbone import Backbone
 
 TEXT = {
     "vocab_size": VOCAB,

@@ -29,10 +29,10 @@ from forvalue_callbacks import (
     Threshold,
     prefilter,
 )
-from forvalue_callbacks.callback import SCORES_FILE, apply_policy
 from forvalue_callbacks.policies import Policy
-from forvalue_callbacks.reports import numbers, report
-from forvalue_callbacks.tiny import instructions
+from forvalue_callbacks.report.words import numbers, report
+from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.trainer.callback import SCORES_FILE, apply_policy
 
 TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
 
@@ -578,7 +578,7 @@ def test_two_gloo_ranks_have_the_scores_of_one_and_never_draw_a_dropped_row(tmp_
 
 
 def test_settings_of_the_trainer_reach_the_scorer(tmp_path):
-    from forvalue_callbacks.callback import settings_of
+    from forvalue_callbacks.trainer.callback import settings_of
 
     args = SFTConfig(output_dir=str(tmp_path), max_length=77, bf16=True, assistant_only_loss=True, use_cpu=True)
     settings = settings_of(args, ForValueConfig(), None)

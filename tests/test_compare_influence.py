@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, baselines
-from forvalue_callbacks.batching import pad
 from forvalue_callbacks.core import Head
-from forvalue_callbacks.rows import Row, RowConfig, RowPreparer
+from forvalue_callbacks.data.sft import Row, RowConfig, RowPreparer
+from forvalue_callbacks.model.run import pad
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

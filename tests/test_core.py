@@ -175,7 +175,7 @@ def test_the_core_imports_torch_and_nothing_else_of_the_stack():
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
     # and the test itself can see an import
-    seen = code.replace("forvalue_callbacks.core", "forvalue_callbacks.core, pyarrow")
+    seen = code.replace("forvalue_callbacks.core", "forvalue_callbacks.core.stream, pyarrow")
     assert subprocess.check_output([sys.executable, "-c", seen], text=True).strip() == "['pyarrow']"
 
 

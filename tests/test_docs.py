@@ -115,7 +115,7 @@ def test_the_readmes_tree_names_every_module():
 
 
 def test_every_setting_has_help():
-    from forvalue_callbacks.rows import RowConfig
+    from forvalue_callbacks.data.sft import RowConfig
     from forvalue_callbacks.scorer import ForValueConfig
 
     configs = [ForValueConfig, RowConfig]

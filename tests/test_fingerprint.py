@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, fingerprint
-from forvalue_callbacks.fingerprint import CHUNK, hash_weights
+from forvalue_callbacks.model.fingerprint import CHUNK, hash_weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.complex64, torch.bool]
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

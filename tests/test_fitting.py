@@ -5,7 +5,7 @@ from conftest import build_model, build_rows
 from test_core import HEADS, D, V, make, naive_log_p, relative
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, core
-from forvalue_callbacks.fitting import RIDGES, fit_head
+from forvalue_callbacks.core.fit import RIDGES, fit_head
 
 # Rows that come three times: what is learned from one helps with another, so the fit does move the head.
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2) * 3
@@ -95,7 +95,7 @@ def test_positions_of_one_row_are_never_in_different_folds():
 def test_of_too_many_positions_the_fit_takes_some_from_everywhere(monkeypatch):
     head, hidden, labels, rows = problem(n=240)
     labels[:120], labels[120:] = labels[:120] % 2, 20 + labels[120:] % 2
-    monkeypatch.setattr("forvalue_callbacks.fitting.MAX_POSITIONS", 80)
+    monkeypatch.setattr("forvalue_callbacks.core.fit.MAX_POSITIONS", 80)
     seen = set(labels[fit_head(head, hidden, labels, rows).move_VD[labels].any(1)].tolist())
     assert seen == {0, 1, 20, 21}
 

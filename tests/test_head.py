@@ -4,8 +4,8 @@ import torch
 from conftest import ARCHITECTURES, VOCAB, build_model, build_rows
 from oracles import row_gradient
 
-from forvalue_callbacks.head import Backbone, left_as_found
-from forvalue_callbacks.unembedding import linear_map
+from forvalue_callbacks.model.backbone import Backbone, left_as_found
+from forvalue_callbacks.model.unembedding import linear_map
 
 
 def batch(padding="right"):
@@ -31,9 +31,9 @@ def test_logits_are_rebuilt_for_every_architecture(architecture, padding):
 def test_a_head_described_without_its_transform_is_refused(architecture, dtype, monkeypatch):
     """The check itself is checked: forget the soft-cap, the scale or the bias, and it must refuse, in half precision
     too, where rounding explains more."""
-    monkeypatch.setattr("forvalue_callbacks.head.seen_transform", lambda *_: (1.0, None))
+    monkeypatch.setattr("forvalue_callbacks.model.backbone.seen_transform", lambda *_: (1.0, None))
     if architecture == "phi-bias":
-        monkeypatch.setattr("forvalue_callbacks.head.linear_map", lambda *_: (linear_map(*_)[0], None))
+        monkeypatch.setattr("forvalue_callbacks.model.backbone.linear_map", lambda *_: (linear_map(*_)[0], None))
     model = build_model(architecture, dtype)
     with pytest.raises(ValueError, match=type(model).__name__ + r".*cannot describe the output head"):
         Backbone(model).check(batch())

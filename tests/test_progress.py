@@ -12,8 +12,8 @@ from conftest import build_model, build_rows
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueScores, auto, evidence
 from forvalue_callbacks import progress as module
-from forvalue_callbacks.corruption import KINDS
-from forvalue_callbacks.fitting import Fit
+from forvalue_callbacks.core.fit import Fit
+from forvalue_callbacks.data.corruption import KINDS
 from forvalue_callbacks.progress import Pass, Plan, Progress, duration, speaking
 
 TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
@@ -226,7 +226,7 @@ def test_a_handler_that_takes_warnings_alone_does_not_count_as_heard(capsys, mon
 
 
 def test_only_the_first_rank_warns(caplog):
-    log = logging.getLogger("forvalue_callbacks.auto")
+    log = logging.getLogger("forvalue_callbacks.methods.auto")
     with speaking(False):
         log.warning("of another rank")
         log.error("an error of another rank")

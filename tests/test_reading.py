@@ -24,9 +24,10 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from trl import SFTConfig
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer
-from forvalue_callbacks.callback import settings_of
-from forvalue_callbacks.reading import Collated, Collating, copied, kept, only_pads
-from forvalue_callbacks.rows import Row, RowConfig, RowPreparer
+from forvalue_callbacks.data.collated import Collated, Collating, only_pads
+from forvalue_callbacks.data.reading import copied, kept
+from forvalue_callbacks.data.sft import Row, RowConfig, RowPreparer
+from forvalue_callbacks.trainer.callback import settings_of
 
 ROWS = build_rows(6, seed=3)
 VALIDATION = build_rows(4, seed=4)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainingArguments
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, ForValueScores, Keep, prefilter
-from forvalue_callbacks.callback import SCORES_FILE
+from forvalue_callbacks.trainer.callback import SCORES_FILE
 
 AUTO = Drop("auto")
 LABELS = ForValueConfig(direction="labels")

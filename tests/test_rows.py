@@ -25,9 +25,9 @@ try:
 except ImportError:
     qwen2_5_chat_template = None
 
-from forvalue_callbacks.conversations import refuse_unread
-from forvalue_callbacks.reasons import UnscorableError
-from forvalue_callbacks.rows import Row, RowConfig, RowPreparer
+from forvalue_callbacks.data.conversations import refuse_unread
+from forvalue_callbacks.data.reasons import UnscorableError
+from forvalue_callbacks.data.sft import Row, RowConfig, RowPreparer
 
 # The rules are those of the newest SFTTrainer.
 pytestmark = pytest.mark.newest
@@ -492,7 +492,7 @@ NO_TRL = """
 import sys
 sys.modules["trl"] = None
 sys.path.insert(0, sys.argv[1])
-from forvalue_callbacks.rows import RowConfig, RowPreparer
+from forvalue_callbacks.data.sft import RowConfig, RowPreparer
 from tokenizers_for_tests import build_tokenizer, chatml
 
 chat = [{"role": "user", "content": "what is the sky"}, {"role": "assistant", "content": "blue"}]

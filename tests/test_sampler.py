@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, S
 from transformers import trainer_pt_utils
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from forvalue_callbacks.sampler import OFFSET_GRID, ResamplingSampler, find_sampler, install_sampler
+from forvalue_callbacks.trainer.sampler import OFFSET_GRID, ResamplingSampler, find_sampler, install_sampler
 
 N = 97
 RNG = np.random.default_rng(0)

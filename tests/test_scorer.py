@@ -9,7 +9,7 @@ from conftest import ARCHITECTURES, build_model, build_rows
 from oracles import relative, row_gradient, score_by_autograd, score_by_double_sum
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, batching
-from forvalue_callbacks.rows import RowConfig
+from forvalue_callbacks.data.sft import RowConfig
 
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import spearmanr
 
-from forvalue_callbacks.scores import PARTS, ForValueScores, grouped_reasons, spearman
+from forvalue_callbacks.scores.scores import PARTS, ForValueScores, grouped_reasons, spearman
 
 MADE_OF = {"weights": "w1", "validation": "v1", "data": "d1", "config": "c1"}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from forvalue_callbacks.tiny import (
+from forvalue_callbacks.tiny.world import (
     INTENTS,
     MOODS,
     TASKS,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batching import cut, pad, tokens_per_batch
-from ..rows import Row, RowPreparer
+from ..data.sft import Row, RowPreparer
+from ..model.run import cut, pad, tokens_per_batch
 
 
 @dataclass

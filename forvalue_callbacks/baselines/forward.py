@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import core
-from ..head import Backbone, left_as_found
+from ..model.backbone import Backbone, left_as_found
 from .batches import Batch, ModelRow, batches, prepared
 
 Rows = Iterable[Mapping[str, Any]]

@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from .. import core
-from ..head import Backbone, left_as_found
+from ..model.backbone import Backbone, left_as_found
 from .batches import Batch, batches, prepared
 
 

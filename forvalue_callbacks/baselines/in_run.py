@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..rows import Row
+from ..data.sft import Row
 from .batches import prepared
 from .gradients import gradients
 from .influence import tracin

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..head import left_as_found
+from ..model.backbone import left_as_found
 from .batches import Batch, ModelRow, batches, prepared
 
 Rows = Iterable[Mapping[str, Any]]

@@ -14,15 +14,16 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .policies import Policy, as_policy
-from .progress import Progress, speaking
-from .reading import kept
+from ..data.reading import kept
+from ..data.sft import RowConfig
+from ..policies import Policy, as_policy
+from ..progress import Progress, speaking
+from ..report.words import lines, numbers
+from ..scorer import ForValueConfig, ForValueScorer
+from ..scores.scores import PARTS, ForValueScores, grouped_reasons, make_folder
 from .refusals import groups_of, refuse_other_length, refuse_other_rows, refuse_policy, refuse_trainer, shortener
-from .reports import lines, numbers, report
-from .rows import RowConfig
 from .sampler import INSTEAD, find_sampler, install_sampler
-from .scorer import ForValueConfig, ForValueScorer
-from .scores import PARTS, ForValueScores, grouped_reasons, make_folder
+from .trackers import report
 
 logger = logging.getLogger(__name__)
 

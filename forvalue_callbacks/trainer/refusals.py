@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, Subset
 
-from .policies import Policy
-from .reading import examples_of
-from .scores import ForValueScores
+from ..data.reading import examples_of
+from ..policies import Policy
+from ..scores.scores import ForValueScores
 
 _PAIRS = (
     "are pairs of a chosen and a rejected answer",

@@ -1,16 +1,10 @@
-"""Data sets read row by row, and rows through a data collator, which decides what is trained on."""
+"""Rows through a data collator, which decides what is trained on."""
 
 from __future__ import annotations
 
-import copy
-import logging
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -18,103 +12,15 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from .reading import OwnRandomness, copied
 from .reasons import UnscorableError, place_of
-from .rows import IGNORED, TOKEN_COLUMNS, Row, RowPreparer, has_images, refuse_packed
-
-logger = logging.getLogger(__name__)
+from .sft import IGNORED, TOKEN_COLUMNS, Row, RowPreparer, has_images, refuse_packed
 
 # What a collator may be given, of a row of tokens, where it stumbles over other columns (a trainer removes those of
 # its training rows, and the validation rows have them still).
 MODEL_COLUMNS = (*TOKEN_COLUMNS, "token_type_ids", "special_tokens_mask")
 # What flattening collators say besides; true of one row as it is.
 _OF_FLAT_ROWS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-_ATOMS = {int, float, bool, str, bytes, type(None)}
-
-
-def examples_of(dataset: Iterable[Any]) -> Iterator[Any]:
-    """The rows of a data set in order; by index where it is map-style, since it need not know where it ends.
-
-    Raises:
-        ValueError: a mapping of several data sets; columns or a path in place of rows.
-    """
-    if isinstance(dataset, Mapping) and all(isinstance(next(iter(rows), None), Mapping) for rows in dataset.values()):
-        raise ValueError(
-            f"a {type(dataset).__name__} of data sets is no data set: give one of {', '.join(map(repr, dataset))}."
-        )
-    if isinstance(dataset, (str, Path, Mapping)) or hasattr(dataset, "iloc"):
-        raise ValueError(
-            f"a {type(dataset).__name__} is no data set of rows: give a list of rows, or what datasets.load_dataset, "
-            "Dataset.from_dict or Dataset.from_pandas makes of it."
-        )
-    by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if type(dataset) in (list, tuple):  # one that is derived may make its rows by index
-        return iter(dataset)
-    if isinstance(dataset, datasets.Dataset):
-        return _apart(dataset) if dataset.format["type"] == "custom" else iter(dataset)
-    if not by_index or isinstance(dataset, torch.utils.data.IterableDataset):
-        return _apart(dataset)
-    rows: Any = dataset
-    return _apart(rows[index] for index in range(len(rows)))
-
-
-def _apart(dataset: Iterable[Any]) -> Iterator[Any]:
-    """Rows that may be made with random numbers (transforms that augment)."""
-    rows, random_numbers = iter(dataset), OwnRandomness()
-    while True:
-        with random_numbers:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-        yield row
-
-
-def kept(dataset: Any) -> Any:
-    """The data set itself, or the rows of a generator as a list: they are read more than once."""
-    return list(dataset) if isinstance(dataset, Iterator) else dataset
-
-
-def copied(value: Any) -> Any:
-    """A copy deep enough that nothing done to it is done to the original."""
-    if type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
-    if type(value) is list:
-        return value.copy() if all(type(item) in _ATOMS for item in value) else [copied(item) for item in value]
-    if type(value) in _ATOMS:
-        return value
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # open files, readers of videos: nothing that a collator writes into
-        return value
-
-
-class OwnRandomness(AbstractContextManager[None]):
-    """Random numbers of a data set's or a collator's own: those of the run go on as if none had been drawn.
-
-    The states of Python's, numpy's and torch's generator (CPU) are swapped for those at the end of the last time.
-    """
-
-    def __init__(self) -> None:
-        self._own: tuple[Any, ...] | None = None
-
-    def __enter__(self) -> None:
-        self._found = _random_states()
-        if self._own is not None:
-            _set_random_states(self._own)
-
-    def __exit__(self, *error: object) -> None:
-        self._own = _random_states()
-        _set_random_states(self._found)
-
-
-def _random_states() -> tuple[Any, ...]:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
 
 
 class Collated(NamedTuple):

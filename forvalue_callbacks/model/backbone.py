@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .core import Head, working_dtype
+from ..core import Head, working_dtype
 from .unembedding import excess, left_as_found, linear_map, named_transforms, seen_transform
 
 # Two runs that do the same may differ by such a share of the largest hidden state, for sums in another order; in half

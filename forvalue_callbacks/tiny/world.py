@@ -22,7 +22,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-TINY_MODEL: Path = Path(__file__).parent / "tiny_model"  # a folder for `from_pretrained`
+TINY_MODEL: Path = Path(__file__).parent / "model"  # a folder for `from_pretrained`
 
 
 @dataclass(frozen=True)

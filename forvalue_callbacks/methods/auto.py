@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import core
-from .batching import Batcher, Item, Labelled, answer_of, concatenate
+from .. import core
+from ..data.corruption import KINDS, corrupted
+from ..data.sft import IGNORED, Row
+from ..model.run import Batcher, Item, Labelled, answer_of, concatenate
+from ..progress import Pass, Plan, aside, size
+from ..scores.scores import ForValueScores, auc
 from .calibration import USEFUL_AUC, fit_classifier, log_odds, shares
-from .corruption import KINDS, corrupted
-from .evidence import CANDIDATES, FOLDS, OVERFLOW, Evidence, Half, Match, Measured, answers_of
-from .labels import fit_labels
-from .progress import Pass, Plan, aside, size
-from .rows import IGNORED, Row
-from .scores import ForValueScores, auc
+from .label_model import fit_labels
+from .measures import CANDIDATES, FOLDS, OVERFLOW, Evidence, Half, Match, Measured, answers_of
 
 logger = logging.getLogger(__name__)
 

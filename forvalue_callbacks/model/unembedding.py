@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .core import Head
+from ..core import Head
 
 # Unit vectors, or entries of the vocabulary, that are looked at at once.
 BLOCK = 4096

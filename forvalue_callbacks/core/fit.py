@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .core import TOKEN_TILE, VOCAB_BLOCK, Head, _blocks, _OnlineSoftmax, working_dtype
+from .head import Head, working_dtype
+from .stream import TOKEN_TILE, VOCAB_BLOCK, _blocks, _OnlineSoftmax
 
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 FOLDS = 3

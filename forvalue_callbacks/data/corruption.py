@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .rows import IGNORED, Row
+from .sft import IGNORED, Row
 
 # Share of the words that are deleted or inserted, and of those that a truncated answer keeps: uniform within.
 CHANGED, KEPT = (0.1, 0.5), (0.2, 0.8)

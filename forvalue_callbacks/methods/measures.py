@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import core
-from .batching import Batcher, Labelled
-from .fitting import fit_head
-from .rows import IGNORED, Row
+from .. import core
+from ..core.fit import fit_head
+from ..data.sft import IGNORED, Row
+from ..model.run import Batcher, Labelled
 
 # Numbers of a row that rest on nothing else, and those that rest on one half of the held-out rows.
 ROW_CANDIDATES = ("mean log-likelihood", "mutual information", "temperature score", "last token", "length", "overlap")

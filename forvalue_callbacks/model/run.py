@@ -19,12 +19,13 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 
-from .core import working_dtype
-from .head import Backbone
-from .prefixes import pack, padded_tokens, shared_prefixes
-from .progress import Progress, aside, size
-from .reading import Collated, Collating, NotTogetherError, examples_of, n_bytes, together
-from .rows import IGNORED, Row, RowPreparer
+from ..core import working_dtype
+from ..data.collated import Collated, Collating, NotTogetherError, n_bytes, together
+from ..data.reading import examples_of
+from ..data.sft import IGNORED, Row, RowPreparer
+from ..progress import Progress, aside, size
+from .backbone import Backbone
+from .plan import pack, padded_tokens, shared_prefixes
 
 logger = logging.getLogger(__name__)
 

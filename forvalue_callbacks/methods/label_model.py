@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scores import auc
-from .softmax import fit_softmax, logits
+from ..core.softmax import fit_softmax, logits
+from ..scores.scores import auc
 
 FOLDS = 5
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0)

@@ -1,0 +1,40 @@
+"""The equations, on plain tensors: imports torch (and numpy) and nothing else of the stack."""
+
+from .head import Head, factor, product, working_dtype
+from .stream import (
+    PAIR_TILE,
+    TOKEN_TILE,
+    VOCAB_BLOCK,
+    add_gradient,
+    errors,
+    fold_kernel,
+    gain_tokens,
+    inverse_with_ridge,
+    log_likelihood_tokens,
+    log_normalizer,
+    score_pairs,
+    score_tokens,
+    squared_norms,
+    tile_for,
+)
+
+__all__ = [
+    "PAIR_TILE",
+    "TOKEN_TILE",
+    "VOCAB_BLOCK",
+    "Head",
+    "add_gradient",
+    "errors",
+    "factor",
+    "fold_kernel",
+    "gain_tokens",
+    "inverse_with_ridge",
+    "log_likelihood_tokens",
+    "log_normalizer",
+    "product",
+    "score_pairs",
+    "score_tokens",
+    "squared_norms",
+    "tile_for",
+    "working_dtype",
+]

@@ -1,0 +1,1 @@
+"""Rows in any form -> samples; knows tokenizers and collators, no models."""

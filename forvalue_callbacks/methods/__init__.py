@@ -1,0 +1,1 @@
+"""Validation samples -> a state; positions -> numbers per sample."""

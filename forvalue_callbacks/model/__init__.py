@@ -1,0 +1,1 @@
+"""Samples -> hidden states at the positions that predict something."""

@@ -1,0 +1,1 @@
+"""Words and plots, made from scores."""

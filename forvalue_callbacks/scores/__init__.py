@@ -1,0 +1,5 @@
+"""What is known about rows; knows no model."""
+
+from .scores import ForValueScores
+
+__all__ = ["ForValueScores"]
