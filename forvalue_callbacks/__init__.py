@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .trainer.callback import ForValueCallback, prefilter
     from .transform import ForValueTransform
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported when first asked for, so that `forvalue_callbacks.core` needs torch alone.
 _HOME = {

@@ -38,7 +38,7 @@ class Policy:
 
     @property
     def needs_log_odds(self) -> bool:
-        """Whether the scores must be log odds that a row is clean, as `direction="auto"` and "labels" give."""
+        """Whether the scores must be log odds that a row is clean, as `method="auto"` and "label_model" give."""
         return False
 
     @property
@@ -108,7 +108,7 @@ class Drop(Policy):
 
     Args:
         fraction: in [0, 1), or "auto": the rows that are more likely noisy than clean, by scores that are log odds
-            (`direction="auto"` or "labels"); with groups the best row of each group stays in any case.
+            (`method="auto"` or "label_model"); with groups the best row of each group stays in any case.
     """
 
     fraction: float | str

@@ -57,7 +57,7 @@ LABELS, PAIRS_WITH, PAIRS = "labels of all rows", "validation rows, for pairs", 
 class ForValueConfig:
     """How rows are scored. No field is named like one of `SFTConfig` or `ModelConfig`: `TrlParser` takes all three."""
 
-    direction: str = field(
+    method: str = field(
         default="gradient",
         metadata={
             "help": "How the validation rows move the head. 'gradient': along their mean gradient (For-Value as "
@@ -65,10 +65,10 @@ class ForValueConfig:
             "'fitted': to the head fitted on them; the score is a row's log-likelihood after minus before. "
             "'fitted_likelihood': the same head; the score is the log-likelihood after. 'auto': what tells clean rows "
             "from noisy ones is learned from the validation rows and copies of them corrupted on purpose; the score "
-            "is the log odds that a row is clean. 'labels': where answers repeat, a model of the right answer, fitted "
+            "is the log odds that a row is clean. 'label_model': where answers repeat, a model of the answer, fitted "
             "on the validation rows and, untrusted, on the training rows; the score is the log odds that a row's "
             "answer is right ('auto' is this where answers repeat).",
-            "choices": ["gradient", "whitened", "fitted", "fitted_likelihood", "auto", "labels"],
+            "choices": ["gradient", "whitened", "fitted", "fitted_likelihood", "auto", "label_model"],
         },
     )
     normalize: str = field(
@@ -102,7 +102,8 @@ class ForValueConfig:
         default=None,
         metadata={
             "help": "Folder where directions are kept, by a hash of weights, validation rows and config, for other "
-            "processes that score with the same ('auto' and 'labels' have none). As large as the head in float32 each."
+            "processes that score with the same (of methods that score a row by itself). As large as the head in "
+            "float32 each."
         },
     )
 
@@ -112,21 +113,21 @@ class ForValueConfig:
             if choices is not None and getattr(self, spec.name) not in choices:
                 raise ValueError(f"{spec.name}={getattr(self, spec.name)!r}: choose one of {choices}.")
         if self.fits_head and (self.normalize == "cosine" or self.vocab != "full"):
-            raise ValueError(f"direction={self.direction!r} needs normalize='none' or 'length', and vocab='full'.")
+            raise ValueError(f"method={self.method!r} needs normalize='none' or 'length', and vocab='full'.")
         if self.gives_log_odds and (self.normalize != "none" or self.vocab != "full"):
-            raise ValueError(f"direction={self.direction!r} needs normalize='none' and vocab='full'.")
+            raise ValueError(f"method={self.method!r} needs normalize='none' and vocab='full'.")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"max_tokens_per_batch={self.max_tokens_per_batch}: must be at least 1.")
 
     @property
     def fits_head(self) -> bool:
         """Whether the head takes a finite step, to where it is fitted."""
-        return self.direction.startswith("fitted")
+        return self.method.startswith("fitted")
 
     @property
     def gives_log_odds(self) -> bool:
         """Whether scores are log odds that a row is clean, which depend on all the rows that are scored together."""
-        return self.direction in ("auto", "labels")
+        return self.method in ("auto", "label_model")
 
 
 class ForValueScorer:
@@ -145,7 +146,7 @@ class ForValueScorer:
         processing_class: tokenizer (or processor) for rows that are not tokenised yet.
         data_collator: the trainer's: it is given copies of the rows, one at a time, and what it makes of them is
             scored. Not needed for rows that `SFTTrainer` prepares, nor for token ids with labels.
-        rows: how rows are prepared, as in `SFTConfig` (`max_length`, `completion_only_loss`, ...).
+        row_config: how rows are prepared, as in `SFTConfig` (`max_length`, `completion_only_loss`, ...).
         progress: say how long it will take and show a bar (on the first rank), or a `Progress` that does.
 
     The direction is computed once, at first use (and kept for other processes in `config.direction_cache`): make a
@@ -163,7 +164,7 @@ class ForValueScorer:
         *,
         processing_class: Any = None,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
-        rows: RowConfig | None = None,
+        row_config: RowConfig | None = None,
         progress: bool | Progress = True,
     ):
         self.config = config or ForValueConfig()
@@ -171,10 +172,10 @@ class ForValueScorer:
             progress = Progress(*[progress and world()[0] == 0] * 2)
         self.backbone = Backbone(model, self.config.forward_dtype)
         self.validation_dataset = kept(validation_dataset)
-        self.rows = rows or RowConfig()
+        self.row_config = row_config or RowConfig()
         self.prepare = RowPreparer(
             processing_class,
-            self.rows,
+            self.row_config,
             max_positions=self.backbone.max_positions,
             vocab_size=self.backbone.head().vocab_size,
             takes_types="token_type_ids" in signature(type(self.backbone.causal).forward).parameters,
@@ -182,7 +183,7 @@ class ForValueScorer:
         self.batcher = Batcher(
             self.backbone, self.prepare, data_collator, self.config.max_tokens_per_batch, progress=progress
         )
-        self._made_of: dict[str, str] | None = None
+        self._provenance: dict[str, str] | None = None
         self._direction: Tensor | None = None
         self.fit: Fit | None = None  # how the head was fitted, with "fitted" and "fitted_likelihood"
         self._second_moment: Tensor | None = None
@@ -200,7 +201,7 @@ class ForValueScorer:
         """
         if self.config.gives_log_odds:
             return self._score_log_odds(dataset)
-        dataset, made_of = self._readable_twice(dataset), self.made_of()  # refuses weights that nobody can read
+        dataset, provenance = self._readable_twice(dataset), self.provenance()  # refuses weights that nobody can read
         self._check()
         with left_as_found(self.backbone.model), self._passes(dataset, ROWS):
             head, direction = self.backbone.head(), self._seen_only(self.direction(), dataset)
@@ -231,15 +232,15 @@ class ForValueScorer:
                 values[i], log_likelihood[i] = value, log_p
             else:
                 reasons[i] = f"non-finite score: {OVERFLOW}"
-        metadata = {"made_of": {**made_of, "data": data_hash}, "config": asdict(self.config)}
+        metadata = {"provenance": {**provenance, "data": data_hash}, "config": asdict(self.config)}
         return ForValueScores(values, reasons, log_likelihood, n_labelled, metadata)
 
     def _score_log_odds(self, dataset: Iterable[Mapping[str, Any]]) -> ForValueScores:
-        items, made_of = self._validation(), self.made_of()
+        items, provenance = self._validation(), self.provenance()
         self._check()
         with left_as_found(self.backbone.model):
             head = self.backbone.head()
-            if self.config.direction == "labels" or share_repeated(items) >= REPEATED:
+            if self.config.method == "label_model" or share_repeated(items) >= REPEATED:
                 with self._over(dataset, plan_labels(items, dataset)):
                     scores, data_hash = score_labels(self.batcher, head, items, dataset)
             else:
@@ -251,10 +252,10 @@ class ForValueScorer:
                         dataset,
                         starts=word_starts(self.prepare.processing_class, head.vocab_size),
                         bos=self.backbone.bos,
-                        max_length=self.rows.max_length,
+                        max_length=self.row_config.max_length,
                         ridge=WHITENING_RIDGE,
                     )
-        scores.metadata |= {"made_of": {**made_of, "data": data_hash}, "config": asdict(self.config)}
+        scores.metadata |= {"provenance": {**provenance, "data": data_hash}, "config": asdict(self.config)}
         return scores
 
     def token_scores(self, dataset: Iterable[Mapping[str, Any]]) -> list[Tensor]:
@@ -291,7 +292,7 @@ class ForValueScorer:
         self._refuse_log_odds("pairwise scores")
         if self.config.normalize != "none" or self.config.vocab != "full" or self.config.fits_head:
             raise ValueError(
-                "pairwise scores are defined for direction='gradient' or 'whitened', normalize='none', vocab='full'."
+                "pairwise scores are defined for method='gradient' or 'whitened', normalize='none', vocab='full'."
             )
         if path is not None and not isinstance(dataset, Sized):
             raise ValueError("pairwise(path=...) writes a file of known size: give a data set with a length.")
@@ -355,20 +356,20 @@ class ForValueScorer:
                     self._write_direction(file, self._direction)
         return self._direction
 
-    def made_of(self) -> dict[str, str]:
+    def provenance(self) -> dict[str, str]:
         """Hashes of what determines a score apart from the row itself: weights, validation rows, config."""
-        if self._made_of is None:
-            config = {**asdict(self.config), **asdict(self.rows)}
+        if self._provenance is None:
+            config = {**asdict(self.config), **asdict(self.row_config)}
             del config["max_tokens_per_batch"], config["direction_cache"]  # change no score
-            self._made_of = {
+            self._provenance = {
                 "weights": hash_weights(self.backbone.model),
                 "validation": digest("".join(item.hash() for item in self._validation())),
                 "config": digest(repr(sorted(config.items()))),
             }
-        return self._made_of
+        return self._provenance
 
     def hash_rows(self, dataset: Iterable[Mapping[str, Any]]) -> str:
-        """Hash of rows as the model sees them: what `metadata["made_of"]["data"]` is after scoring them."""
+        """Hash of rows as the model sees them: what `metadata["provenance"]["data"]` is after scoring them."""
         hashes = []
         with self.batcher.progress.part("reading rows", size(dataset)):
             for item, _ in self.batcher.items(dataset):
@@ -389,19 +390,19 @@ class ForValueScorer:
     def _over(self, dataset: Iterable[Mapping[str, Any]], plan: Plan) -> AbstractContextManager[None]:
         n = size(dataset)
         rows = "a stream of rows" if n is None else f"{n:,} rows"
-        title = f"For-Value ({self.config.direction}): scoring {rows} by {len(self._validation()):,} validation rows"
+        title = f"For-Value ({self.config.method}): scoring {rows} by {len(self._validation()):,} validation rows"
         return self.batcher.progress.over(title, plan, self.batcher.wait)
 
     def _refuse_log_odds(self, what: str) -> None:
         if self.config.gives_log_odds:
-            raise ValueError(f"direction={self.config.direction!r} has one number per row: {what} need another.")
+            raise ValueError(f"method={self.config.method!r} has one number per row: {what} need another.")
 
     def _score_tokens(self, head: core.Head, direction: Tensor, batch: Labelled) -> tuple[Tensor, Tensor]:
         """Score and log-likelihood of each labelled position, (T,) both."""
         if not self.config.fits_head:
             return core.score_tokens(head, direction, batch.hidden_TD, batch.labels_T)
         gain_T, log_p_T = core.gain_tokens(head, direction, batch.hidden_TD, batch.labels_T)
-        return (gain_T if self.config.direction == "fitted" else gain_T + log_p_T), log_p_T
+        return (gain_T if self.config.method == "fitted" else gain_T + log_p_T), log_p_T
 
     # ---- the validation side ----
 
@@ -446,7 +447,7 @@ class ForValueScorer:
             return self.fit.move_VD
         dtype = core.working_dtype(head.weight)
         total_VD = torch.zeros(head.weight.shape, dtype=dtype, device=head.weight.device)
-        whiten = self.config.direction == "whitened"
+        whiten = self.config.method == "whitened"
         moment_DD = torch.zeros(
             head.weight.shape[1], head.weight.shape[1], dtype=torch.float64, device=total_VD.device
         )
@@ -475,8 +476,8 @@ class ForValueScorer:
     def _direction_file(self) -> Path | None:
         if self.config.direction_cache is None:
             return None
-        made_of = repr((version("forvalue-callbacks"), sorted(self.made_of().items())))
-        return Path(self.config.direction_cache) / f"direction-{digest(made_of)}.safetensors"
+        provenance = repr((version("forvalue-callbacks"), sorted(self.provenance().items())))
+        return Path(self.config.direction_cache) / f"direction-{digest(provenance)}.safetensors"
 
     def _write_direction(self, file: Path, direction: Tensor) -> None:
         tensors = {"direction": direction.contiguous()}

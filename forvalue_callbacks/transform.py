@@ -45,11 +45,11 @@ class ForValueTransform:
     Args:
         model: a model, or the path or hub id of one, which is then loaded where it is first needed: with
             `map(..., num_proc=2, with_rank=True)` each worker loads its own, on the device of its rank.
-        validation_dataset, config, processing_class, data_collator, rows: as for `ForValueScorer`.
+        validation_dataset, config, processing_class, data_collator, row_config: as for `ForValueScorer`.
         model_kwargs: for `AutoModelForCausalLM.from_pretrained` where `model` is a path or an id.
 
     Raises:
-        ValueError: `vocab="seen"`, "auto" and "labels" (they depend on rows that a batch does not hold), and what
+        ValueError: `vocab="seen"`, "auto" and "label_model" (they depend on rows that a batch does not hold), and what
             `ForValueScorer` raises.
     """
 
@@ -61,7 +61,7 @@ class ForValueTransform:
         *,
         processing_class: Any = None,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
-        rows: RowConfig | None = None,
+        row_config: RowConfig | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ):
         self.config = config or ForValueConfig()
@@ -69,7 +69,7 @@ class ForValueTransform:
             raise ValueError("vocab='seen' depends on the whole data set: use ForValueScorer.score.")
         if self.config.gives_log_odds:
             raise ValueError(
-                f"direction={self.config.direction!r} learns from all the rows, and map shows a batch at a time: "
+                f"method={self.config.method!r} learns from all the rows, and map shows a batch at a time: "
                 "use dataset.add_column('forvalue_score', ForValueScorer(...).score(dataset).values)."
             )
         self._model = model
@@ -78,7 +78,7 @@ class ForValueTransform:
         self._options: dict[str, Any] = {
             "processing_class": processing_class,
             "data_collator": data_collator,
-            "rows": rows,
+            "row_config": row_config,
             "progress": False,
         }
         self._scorers: dict[int | None, ForValueScorer] = {}
@@ -132,8 +132,8 @@ class ForValueTransform:
     def fingerprint(self) -> str:
         """Hash of weights, validation rows and config; the same in every process."""
         if self._fingerprint is None:
-            made_of = self.scorer().made_of()
-            self._fingerprint = xxhash.xxh3_64_hexdigest(repr(sorted(made_of.items())).encode())
+            provenance = self.scorer().provenance()
+            self._fingerprint = xxhash.xxh3_64_hexdigest(repr(sorted(provenance.items())).encode())
         return self._fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:

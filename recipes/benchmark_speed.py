@@ -209,7 +209,7 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
 
     def validation_side(**options: str) -> None:
         fresh = ForValueScorer(model, validation, ForValueConfig(**options), progress=False)
-        fresh.made_of()
+        fresh.provenance()
         fresh.direction()
 
     adapted: list[PeftModel] = []
@@ -297,7 +297,7 @@ def sweep(config: BenchmarkConfig, name: str) -> list[tuple[float, float, float,
         sides, rows, peaks = [], [], []
         for _ in range(config.repeats):
             scorer = ForValueScorer(model, validation, progress=False)
-            first = meter(lambda: (scorer.made_of(), scorer.direction()))  # noqa: B023
+            first = meter(lambda: (scorer.provenance(), scorer.direction()))  # noqa: B023
             second = meter(lambda: scorer.score(train))  # noqa: B023
             sides.append(first.seconds)
             rows.append(second.seconds)

@@ -3,7 +3,7 @@
     make demo        or        python recipes/demo.py --noise 0.3 --seed 0
 
 1,000 instruction rows, 30 % of them with a wrong answer, are scored against 200 clean held-out rows: along the
-published direction and three more, and by `auto`, which also says how many rows are wrong. Then the tiny model is
+published method, three more, and by `auto`, which also says how many rows are wrong. Then the tiny model is
 fine-tuned with LoRA through `SFTTrainer` and `ForValueCallback`, from one start and for as many steps each: on all
 rows, without a random share, without the worst rows, with all rows reweighted, and on the clean rows alone (which
 nobody knows in practice).
@@ -42,7 +42,7 @@ from forvalue_callbacks.policies import Policy
 from forvalue_callbacks.tiny.world import instructions
 
 # As published first; the last one is what the fine-tuning drops and reweights by.
-DIRECTIONS = ("gradient", "whitened", "fitted", "fitted_likelihood", "auto")
+METHODS = ("gradient", "whitened", "fitted", "fitted_likelihood", "auto")
 
 
 @dataclass
@@ -107,9 +107,9 @@ def within_answers(scores: np.ndarray, noisy: np.ndarray, answers: np.ndarray) -
     return float(np.mean([roc_auc_score(~noisy[g], scores[g]) for g in groups if 0 < noisy[g].sum() < g.sum()]))
 
 
-def policy(direction: str, config: DemoConfig) -> Drop:
+def policy(method: str, config: DemoConfig) -> Drop:
     """The true share of noise, which nobody knows in practice; `auto` finds it."""
-    return Drop("auto" if direction == "auto" else config.noise)
+    return Drop("auto" if method == "auto" else config.noise)
 
 
 def constant_scores(values: np.ndarray) -> ForValueScores:
@@ -140,39 +140,39 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
     started = time.perf_counter()
     noisy, answers = np.array(trainer.train_dataset["is_noisy"]), np.array(trainer.train_dataset["answer"])
     valued, valuation, found = {}, {}, []
-    for direction in DIRECTIONS:
+    for method in METHODS:
         started = time.perf_counter()
         scorer = ForValueScorer(
             trainer.model,
             validation,
-            ForValueConfig(direction=direction),
+            ForValueConfig(method=method),
             processing_class=trainer.processing_class,
         )
-        scores = valued[direction] = scorer.score(trainer.train_dataset)
-        valuation[direction] = time.perf_counter() - started
-        weights = policy(direction, config)(scores.values)
+        scores = valued[method] = scorer.score(trainer.train_dataset)
+        valuation[method] = time.perf_counter() - started
+        weights = policy(method, config)(scores.values)
         found.append(
             {
-                "direction": direction,
+                "method": method,
                 "AUC": round(roc_auc_score(~noisy, scores.values), 3),
                 "AUC within an answer": round(within_answers(scores.values, noisy, answers), 3),
                 "noisy among dropped": f"{noisy[weights == 0].mean():.1%}",
                 "noisy among kept": f"{noisy[weights > 0].mean():.1%}",
-                "seconds": round(valuation[direction], 2),
-                "x evaluate()": round(valuation[direction] / pass_seconds, 2),
+                "seconds": round(valuation[method], 2),
+                "x evaluate()": round(valuation[method] / pass_seconds, 2),
             }
         )
-        scores.plot(out / f"scores_{direction}.png", weights=weights, noisy=noisy)
-        scores.save(out / f"scores_{direction}.parquet")
+        scores.plot(out / f"scores_{method}.png", weights=weights, noisy=noisy)
+        scores.save(out / f"scores_{method}.parquet")
     print(
         f"\n{len(train)} rows valued by {len(validation)} clean ones; AUC of clean against noisy rows, 0.5 is chance\n"
     )
     print(markdown(found))
-    print(f"\nOne evaluate() pass over the same rows: {pass_seconds:.2f} s. Scores by {DIRECTIONS[-1]}:")
-    print(valued[DIRECTIONS[-1]].summary() + "\n")
+    print(f"\nOne evaluate() pass over the same rows: {pass_seconds:.2f} s. Scores by {METHODS[-1]}:")
+    print(valued[METHODS[-1]].summary() + "\n")
 
     rng = np.random.default_rng(config.seed)
-    best = DIRECTIONS[-1]
+    best = METHODS[-1]
     drop = Drop(config.noise)
 
     def filtering(policy: Policy, scores: ForValueScores) -> ForValueCallback:
@@ -182,15 +182,15 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
         "all rows": (None, None),
         "random drop": (None, filtering(drop, constant_scores(rng.random(len(train))))),
     }
-    for direction in ("gradient", best):
-        runs[f"drop by {direction}"] = (
-            direction,
-            filtering(policy(direction, config), valued[direction]),
+    for method in ("gradient", best):
+        runs[f"drop by {method}"] = (
+            method,
+            filtering(policy(method, config), valued[method]),
         )
     runs[f"reweight by {best}"] = best, filtering(Reweight(0.5), valued[best])
     runs["clean rows only"] = None, filtering(Threshold(0.5), constant_scores(~noisy))
     table = []
-    for name, (direction, callback) in (bar := tqdm(runs.items(), desc="fine-tuning", unit="run")):
+    for name, (method, callback) in (bar := tqdm(runs.items(), desc="fine-tuning", unit="run")):
         trainer = make_trainer(config, train, test, [callback] if callback else [])
         started = time.perf_counter()
         trainer.train()
@@ -201,8 +201,8 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
                 "held-out loss": round(trainer.evaluate()["eval_loss"], 4),
                 "accuracy": round(accuracy(trainer), 3),
                 "training s": round(seconds, 1),
-                "valuation s": round(valuation[direction], 2) if direction else "",
-                "x evaluate()": round(valuation[direction] / pass_seconds, 2) if direction else "",
+                "valuation s": round(valuation[method], 2) if method else "",
+                "x evaluate()": round(valuation[method] / pass_seconds, 2) if method else "",
             }
         )
         bar.set_postfix_str(f"{name}: held-out loss {table[-1]['held-out loss']}")

@@ -1,4 +1,4 @@
-"""Which score finds noise? Injects it, scores with every direction and rival, averages over seeds.
+"""Which score finds noise? Injects it, scores with every method and rival, averages over seeds.
 
     python recipes/find_mislabels.py --seeds 5
     python recipes/find_mislabels.py --model PATH --data train.csv --text_column text --label_column category
@@ -9,7 +9,7 @@ Label noise (a text as the prompt, its label as the completion): `symmetric`, an
 that a probe on the validation rows takes it for most often. Free-form noise: `swapped` answers, words `deleted` or
 `inserted`. Reported is the AUC of clean against noisy rows, for label noise within one observed label (rows of that
 label with both kinds, weighted by their number); 0.5 is chance. Mean and standard deviation over seeds: which rows are
-drawn, which are noisy, which validate. Where a direction estimates the share of noise, that is reported beside the
+drawn, which are noisy, which validate. Where a method estimates the share of noise, that is reported beside the
 truth. The noise is put in as text here; what `auto` learns from is made by the package, of tokens, in ways of its own.
 """
 
@@ -39,7 +39,7 @@ from forvalue_callbacks.model.backbone import left_as_found
 from forvalue_callbacks.tiny.world import instructions
 
 LABEL_NOISES, FREE_NOISES = ("symmetric", "confusable"), ("swapped", "deleted", "inserted")
-DIRECTIONS = ForValueConfig.__dataclass_fields__["direction"].metadata["choices"]
+METHODS = ForValueConfig.__dataclass_fields__["method"].metadata["choices"]
 NORMALIZED = [("gradient", "length"), ("gradient", "cosine"), ("whitened", "length"), ("whitened", "cosine")]
 NORMALIZED += [("fitted_likelihood", "length")]
 
@@ -61,8 +61,8 @@ class MislabelConfig:
     shares: list[float] = field(default_factory=lambda: [0.3], metadata={"help": "Shares of noisy rows."})
     train_rows: int = field(default=1000, metadata={"help": "Rows that are scored."})
     validation_rows: int = field(default=300, metadata={"help": "Clean rows they are scored by."})
-    directions: list[str] = field(
-        default_factory=lambda: list(DIRECTIONS), metadata={"help": "Directions to score with; all by default."}
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": "Directions to score with; all by default."}
     )
     rivals: bool = field(default=True, metadata={"help": "The rivals too, and the other settings of `normalize`."})
     seeds: int = field(default=5, metadata={"help": "So many seeds."})
@@ -218,8 +218,8 @@ def scored(config: MislabelConfig, model, tokenizer, seed: int) -> Iterator[Resu
     if "confusable" in config.noises:
         confused = confusions(x_known, known, np.array(validation["task"]))
     scorers = {
-        (direction, normalize): ForValueScorer(model, rows, ForValueConfig(direction, normalize), **common)
-        for direction, normalize in [*((d, "none") for d in config.directions), *(NORMALIZED if config.rivals else [])]
+        (method, normalize): ForValueScorer(model, rows, ForValueConfig(method, normalize), **common)
+        for method, normalize in [*((d, "none") for d in config.methods), *(NORMALIZED if config.rivals else [])]
     }
     for noise in config.noises:
         for share in config.shares:
@@ -229,16 +229,16 @@ def scored(config: MislabelConfig, model, tokenizer, seed: int) -> Iterator[Resu
             def result(name: str, values: np.ndarray, estimate=None, train=train, noise=noise, share=share) -> Result:
                 return Result(noise, share, seed, name, auc(values, train, config.of_labels), estimate)
 
-            for (direction, normalize), scorer in scorers.items():
+            for (method, normalize), scorer in scorers.items():
                 try:
                     scores = scorer.score(given)
-                except ValueError as error:  # a direction that is not for such data
-                    print(f"{direction} refuses: {error}")
-                    yield Result(noise, share, seed, direction, float("nan"))
+                except ValueError as error:  # a method that is not for such data
+                    print(f"{method} refuses: {error}")
+                    yield Result(noise, share, seed, method, float("nan"))
                     continue
-                name = direction if normalize == "none" else f"{direction}, {normalize}"
+                name = method if normalize == "none" else f"{method}, {normalize}"
                 yield result(name, scores.values, scores.metadata.get("noise", {}).get("share"))
-                if (direction, normalize) == ("gradient", "none"):
+                if (method, normalize) == ("gradient", "none"):
                     yield result("mean log-likelihood", scores.log_likelihood / scores.n_labelled)
             if not config.rivals:
                 continue
@@ -291,7 +291,7 @@ def picture(results: list[Result], path: Path) -> None:
         for r in results:
             if (r.noise, r.share) == (noise, share):
                 found.setdefault(r.score, []).append(r.auc)
-        colors = ["tab:orange" if name.split(",")[0] in DIRECTIONS else "tab:blue" for name in found]
+        colors = ["tab:orange" if name.split(",")[0] in METHODS else "tab:blue" for name in found]
         axes.barh(
             list(found), [np.mean(v) for v in found.values()], xerr=[np.std(v) for v in found.values()], color=colors
         )

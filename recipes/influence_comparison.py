@@ -143,10 +143,10 @@ def quality(scores_NM: Tensor, labels: Labels) -> dict[str, float | None]:
     }
 
 
-def directions(noisy: bool) -> list[str]:
-    """All directions that the scorer knows; those whose scores say that a row is clean where rows are not only."""
-    (spec,) = (spec for spec in dataclasses.fields(ForValueConfig) if spec.name == "direction")
-    return [name for name in spec.metadata["choices"] if noisy or not ForValueConfig(direction=name).gives_log_odds]
+def methods(noisy: bool) -> list[str]:
+    """All methods that the scorer knows; those whose scores say that a row is clean where rows are not only."""
+    (spec,) = (spec for spec in dataclasses.fields(ForValueConfig) if spec.name == "method")
+    return [name for name in spec.metadata["choices"] if noisy or not ForValueConfig(method=name).gives_log_odds]
 
 
 def with_lora(model: nn.Module, config: ComparisonConfig, seed: int) -> nn.Module:
@@ -242,8 +242,8 @@ def compare(
         "": lambda scorer: scorer.pairwise(rows.scorer_train),
         ONE_SCORE: lambda scorer: torch.from_numpy(scorer.score(rows.scorer_train).values),
     }
-    for direction in directions(labels.clean_N is not None):
-        settings = ForValueConfig(direction=direction)
+    for method in methods(labels.clean_N is not None):
+        settings = ForValueConfig(method=method)
         for suffix, call in calls.items():
             if suffix == "" and (settings.fits_head or settings.gives_log_odds):
                 continue  # one number per row: the whole validation set moves the head
@@ -251,9 +251,9 @@ def compare(
                 model, rows.scorer_validation, settings, data_collator=rows.data_collator, progress=False
             )
             try:
-                add(f"For-Value, {direction}{suffix}", meter(partial(call, scorer)))
+                add(f"For-Value, {method}{suffix}", meter(partial(call, scorer)))
             except ValueError as error:
-                notes.append(f"{task}, seed {seed}: For-Value, {direction}{suffix}: {error}")
+                notes.append(f"{task}, seed {seed}: For-Value, {method}{suffix}: {error}")
     for method, score in cheap.items():
         add(method, meter(score))
 

@@ -1,4 +1,4 @@
-"""direction="auto" and "labels": corrupted copies, the classifier and its shares, the label model, every way in."""
+"""method="auto" and "labels": corrupted copies, the classifier and its shares, the label model, every way in."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -425,7 +425,7 @@ def test_answers_are_swapped_within_a_half(monkeypatch):
         return [None] * len(rows)
 
     monkeypatch.setattr("forvalue_callbacks.methods.auto.corrupted", noted)
-    scorer = ForValueScorer(build_model(), held_out, ForValueConfig(direction="auto"), progress=False)
+    scorer = ForValueScorer(build_model(), held_out, ForValueConfig(method="auto"), progress=False)
     with pytest.raises(RuntimeError, match="seen enough"):
         scorer.score(answered(3))
     assert halves == [[row["input_ids"] for row in held_out[h::2]] for h in (0, 1)]
@@ -562,12 +562,12 @@ def test_auto_and_labels_agree_where_answers_repeat_and_find_the_wrong_ones():
     validation, _ = repeated(90, seed=1)
     train, wrong = repeated(300, seed=2, noise=0.3)
     values = {}
-    for direction in ("labels", "auto"):
-        scores = ForValueScorer(model, validation, ForValueConfig(direction=direction), progress=False).score(train)
-        values[direction] = scores.values
+    for method in ("label_model", "auto"):
+        scores = ForValueScorer(model, validation, ForValueConfig(method=method), progress=False).score(train)
+        values[method] = scores.values
         assert abs(scores.metadata["noise"]["share"] - wrong.mean()) < 0.08
         assert "estimated share" in scores.summary()
-    np.testing.assert_array_equal(values["labels"], values["auto"])
+    np.testing.assert_array_equal(values["label_model"], values["auto"])
     assert auc(values["auto"][~wrong], values["auto"][wrong]) > 0.9
     plain = ForValueScorer(model, validation, progress=False).score(train)
     assert relative(scores.log_likelihood, plain.log_likelihood) < 1e-5
@@ -591,7 +591,7 @@ def test_auto_finds_swapped_answers_that_repeat_their_prompt():
         train[i] = {**train[i], "input_ids": train[i]["input_ids"][:6] + train[(i + 1) % 60]["labels"][6:]}
         train[i]["labels"] = [-100] * 6 + train[i]["input_ids"][6:]
     train[100] = {"input_ids": [5], "labels": [-100]}
-    scores = ForValueScorer(build_model("llama"), validation, ForValueConfig(direction="auto"), progress=False).score(
+    scores = ForValueScorer(build_model("llama"), validation, ForValueConfig(method="auto"), progress=False).score(
         train
     )
     assert scores.reasons[100] is not None
@@ -610,7 +610,7 @@ def test_auto_finds_swapped_answers_that_repeat_their_prompt():
 def test_auto_says_what_it_cannot_find(caplog):
     """Random answers of a random model: nothing tells a swapped one."""
     validation, train = answered(60, seed=1), answered(40, seed=2)
-    scores = ForValueScorer(build_model("llama"), validation, ForValueConfig(direction="auto"), progress=False).score(
+    scores = ForValueScorer(build_model("llama"), validation, ForValueConfig(method="auto"), progress=False).score(
         train
     )
     assert scores.metadata["noise"]["held_out"]["swapped"]["auc"] < 0.65
@@ -621,7 +621,7 @@ def test_auto_says_what_it_cannot_find(caplog):
 def test_scores_do_not_depend_on_the_batch_size():
     model, validation, train = build_model("llama", torch.float64), answered(50, seed=1), answered(30, seed=2)
     values = [
-        ForValueScorer(model, validation, ForValueConfig(direction="auto", max_tokens_per_batch=n), progress=False)
+        ForValueScorer(model, validation, ForValueConfig(method="auto", max_tokens_per_batch=n), progress=False)
         .score(train)
         .values
         for n in (20, 10_000)
@@ -631,20 +631,22 @@ def test_scores_do_not_depend_on_the_batch_size():
 
 def test_what_has_no_meaning_for_log_odds_is_refused():
     model, (validation, _) = build_model(), repeated(20)
-    scorer = ForValueScorer(model, validation, ForValueConfig(direction="labels"), progress=False)
+    scorer = ForValueScorer(model, validation, ForValueConfig(method="label_model"), progress=False)
     for call in (scorer.token_scores, scorer.pairwise):
         with pytest.raises(ValueError, match="one number per row"):
             call(validation)
     with pytest.raises(ValueError, match="one number per row"):
         scorer.direction()
     with pytest.raises(ValueError, match="normalize"):
-        ForValueConfig(direction="auto", normalize="length")
+        ForValueConfig(method="auto", normalize="length")
     with pytest.raises(ValueError, match="add_column"):
-        ForValueTransform(model, validation, ForValueConfig(direction="auto"))
+        ForValueTransform(model, validation, ForValueConfig(method="auto"))
     with pytest.raises(ValueError, match="answers that repeat"):
-        ForValueScorer(model, build_rows(20), ForValueConfig(direction="labels"), progress=False).score(build_rows(3))
+        ForValueScorer(model, build_rows(20), ForValueConfig(method="label_model"), progress=False).score(
+            build_rows(3)
+        )
     with pytest.raises(ValueError, match="give at least 40"):
-        ForValueScorer(model, build_rows(20), ForValueConfig(direction="auto"), progress=False).score(build_rows(3))
+        ForValueScorer(model, build_rows(20), ForValueConfig(method="auto"), progress=False).score(build_rows(3))
 
 
 def test_the_batcher_takes_rows_that_are_prepared():

@@ -30,9 +30,10 @@ from forvalue_callbacks import (
     prefilter,
 )
 from forvalue_callbacks.policies import Policy
-from forvalue_callbacks.report.words import numbers, report
+from forvalue_callbacks.report.words import numbers
 from forvalue_callbacks.tiny.world import instructions
 from forvalue_callbacks.trainer.callback import SCORES_FILE, apply_policy
+from forvalue_callbacks.trainer.trackers import report
 
 TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
 
@@ -582,15 +583,15 @@ def test_settings_of_the_trainer_reach_the_scorer(tmp_path):
 
     args = SFTConfig(output_dir=str(tmp_path), max_length=77, bf16=True, assistant_only_loss=True, use_cpu=True)
     settings = settings_of(args, ForValueConfig(), None)
-    assert settings["rows"].max_length == 77
-    assert settings["rows"].assistant_only_loss
+    assert settings["row_config"].max_length == 77
+    assert settings["row_config"].assistant_only_loss
     assert settings["config"].forward_dtype == "bfloat16"
     assert settings_of(args, ForValueConfig(forward_dtype="float16"), None)["config"].forward_dtype == "float16"
 
 
 def test_drop_auto_refuses_scores_that_are_no_log_odds():
     scores = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN)
-    with pytest.raises(ValueError, match="direction='auto'"):
+    with pytest.raises(ValueError, match="method='auto'"):
         apply_policy(Drop("auto"), scores, TRAIN)
     scores.metadata["noise"] = {"share": 0.5}
     np.testing.assert_array_equal(apply_policy(Drop("auto"), scores, TRAIN) > 0, scores.values >= 0)

@@ -192,10 +192,10 @@ def test_differentiable_logits_are_those_of_the_head(head):
 
 
 def test_every_direction_of_the_config_is_compared():
-    for direction in comparison.directions(noisy=True):
-        ForValueConfig(direction=direction)
-    assert set(comparison.directions(noisy=True)) - set(comparison.directions(noisy=False)) == {"auto", "labels"}
-    assert {"gradient", "whitened"} <= set(comparison.directions(noisy=False))
+    for method in comparison.methods(noisy=True):
+        ForValueConfig(method=method)
+    assert set(comparison.methods(noisy=True)) - set(comparison.methods(noisy=False)) == {"auto", "label_model"}
+    assert {"gradient", "whitened"} <= set(comparison.methods(noisy=False))
 
 
 def test_the_yaml_is_the_papers_benchmark_and_parses():

@@ -181,14 +181,14 @@ def test_the_core_imports_torch_and_nothing_else_of_the_stack():
 
 KERNEL = """
 import torch
-from forvalue_callbacks import core, triton_fold
+from forvalue_callbacks.core import stream, triton_fold
 
 torch.manual_seed(0)
 for n_columns, n_more in ((5, 3), (3000, 2048)):
     logits, values = 5 * torch.randn(7, n_columns + n_more), torch.randn(7, n_columns + n_more)
     labels = torch.tensor([0, 1, n_columns - 1, n_columns, n_columns + n_more - 1, 2, 3])
     for given in (None, values):
-        ours, plain = (core._OnlineSoftmax(logits, torch.float32, labels) for _ in range(2))
+        ours, plain = (stream.OnlineSoftmax(logits, torch.float32, labels) for _ in range(2))
         for block in (slice(0, n_columns), slice(n_columns, n_columns + n_more)):
             value = None if given is None else given[:, block].clone()
             triton_fold.fold(ours, block, logits[:, block].clone(), value)

@@ -64,7 +64,7 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
         names = {path.name for path in Path("out").iterdir()}
         assert {"scores_gradient.png", "scores_gradient.parquet", "table.md"} <= names
     if name == "find_mislabels":
-        assert out.count("\n| ") == 1 + 6 + 5 + 3 + 7, "directions, other normalisations, cheap rivals, classifiers"
+        assert out.count("\n| ") == 1 + 6 + 5 + 3 + 7, "methods, other normalisations, cheap rivals, classifiers"
         assert Path("out/auc.png").is_file()
     if name in ("prefilter_sft", "reweight_sft"):
         assert {"adapter_model.safetensors", "forvalue_scores.parquet"} <= {
@@ -136,7 +136,7 @@ def test_one_parser_takes_our_config_beside_those_of_trl():
     from forvalue_callbacks import ForValueConfig
 
     arguments = [
-        "--direction",
+        "--method",
         "whitened",
         "--output_dir",
         "x",
@@ -147,7 +147,7 @@ def test_one_parser_takes_our_config_beside_those_of_trl():
         "--use_cpu",
     ]
     scoring, training, model = TrlParser((ForValueConfig, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
-    assert (scoring.direction, training.max_length, model.model_name_or_path) == ("whitened", 7, "m")
+    assert (scoring.method, training.max_length, model.model_name_or_path) == ("whitened", 7, "m")
 
 
 def test_the_public_names_are_all_there():
@@ -186,7 +186,7 @@ def test_free_form_noise_goes_through_the_noise_recipe(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     arguments = ["--data", "rows.json", "--prompt_template", "{q}\\n", "--completion_template", "{a}"]
     arguments += ["--noises", "swapped", "--train_rows", "100", "--validation_rows", "60", "--seeds", "1"]
-    arguments += ["--directions", "gradient", "auto", "--rivals", "false", "--output_dir", "out"]
+    arguments += ["--methods", "gradient", "auto", "--rivals", "false", "--output_dir", "out"]
     monkeypatch.setattr(sys, "argv", ["find_mislabels.py", *arguments])
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     runpy.run_path(str(ROOT / "recipes" / "find_mislabels.py"), run_name="__main__")

@@ -11,7 +11,8 @@ from conftest import build_model, build_rows
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from forvalue_callbacks import ForValueConfig, ForValueScorer, fingerprint
+from forvalue_callbacks import ForValueConfig, ForValueScorer
+from forvalue_callbacks.model import fingerprint
 from forvalue_callbacks.model.fingerprint import CHUNK, hash_weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.complex64, torch.bool]
@@ -318,11 +319,11 @@ def test_sharded_tensors_are_hashed_whole():
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("direction", ["gradient", "auto"])
-def test_weights_that_cannot_be_read_are_refused_before_the_first_forward_pass(direction, monkeypatch):
+@pytest.mark.parametrize("method", ["gradient", "auto"])
+def test_weights_that_cannot_be_read_are_refused_before_the_first_forward_pass(method, monkeypatch):
     model = build_model()
     monkeypatch.setattr(model.model, "forward", lambda *_, **__: pytest.fail("the model was run"))
     model.register_buffer("odd", torch.zeros(3, device="meta"))
-    scorer = ForValueScorer(model, build_rows(5), ForValueConfig(direction=direction), progress=False)
+    scorer = ForValueScorer(model, build_rows(5), ForValueConfig(method=method), progress=False)
     with pytest.raises(ValueError, match="cannot read the weights of odd"):
         scorer.score(build_rows(3))

@@ -141,7 +141,7 @@ def test_the_scorers_fitted_scores_are_log_likelihoods_after_and_before(architec
 def test_fitted_scores_are_the_same_whatever_the_batch_size():
     model = build_model("llama", torch.float64)
     values = [
-        ForValueScorer(model, VALIDATION, ForValueConfig(direction="fitted", max_tokens_per_batch=n), progress=False)
+        ForValueScorer(model, VALIDATION, ForValueConfig(method="fitted", max_tokens_per_batch=n), progress=False)
         .score(TRAIN)
         .values
         for n in (1, 10_000)
@@ -151,6 +151,6 @@ def test_fitted_scores_are_the_same_whatever_the_batch_size():
 
 def test_what_has_no_meaning_for_a_finite_step_is_refused():
     with pytest.raises(ValueError, match="normalize"):
-        ForValueConfig(direction="fitted", normalize="cosine")
+        ForValueConfig(method="fitted", normalize="cosine")
     with pytest.raises(ValueError, match="pairwise"):
-        ForValueScorer(build_model(), VALIDATION, ForValueConfig(direction="fitted")).pairwise(TRAIN)
+        ForValueScorer(build_model(), VALIDATION, ForValueConfig(method="fitted")).pairwise(TRAIN)

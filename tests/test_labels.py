@@ -1,4 +1,4 @@
-"""direction="labels" where data is awkward, and the ways in: ranks, the callback, prefilter, rows with images."""
+"""method="label_model" where data is awkward, and the ways in: ranks, the callback, prefilter, rows with images."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueS
 from forvalue_callbacks.methods.label_model import MAX_FEATURES, _half_whitened, fit_labels
 from forvalue_callbacks.scores.scores import auc
 
-CONFIG = ForValueConfig(direction="labels")
+CONFIG = ForValueConfig(method="label_model")
 
 
 def rows_of(n, seed, noise=0.0):
@@ -126,11 +126,11 @@ def test_rows_without_a_prompt_have_a_reason_and_the_others_their_scores():
         ForValueScorer(model, text, CONFIG, progress=False).score(train)
 
 
-@pytest.mark.parametrize("direction", ["labels", "auto"])
-def test_rows_that_a_collator_makes_batches_of_are_judged_too(direction):
+@pytest.mark.parametrize("method", ["label_model", "auto"])
+def test_rows_that_a_collator_makes_batches_of_are_judged_too(method):
     model, rows, collate = llava()
     rows = [{**row, "text": [3, 4, 5, 6, 7, 8 + i % 2]} for i, row in enumerate(rows)]
-    config = ForValueConfig(direction=direction)
+    config = ForValueConfig(method=method)
     scores = ForValueScorer(model, rows[:6], config, data_collator=collate, progress=False).score(rows[6:])
     assert np.isfinite(scores.values).all()
     assert len(scores) == 4
@@ -141,7 +141,7 @@ def test_the_share_of_answers_that_repeat_is_named():
     validation, _ = rows_of(8, 1)
     for i, row in enumerate(validation[:5]):
         row["input_ids"][-1] = row["labels"][-1] = 30 + i
-    with pytest.raises(ValueError, match=r"of the 8 validation rows .* use direction='auto'"):
+    with pytest.raises(ValueError, match=r"of the 8 validation rows .* use method='auto'"):
         ForValueScorer(build_model(), validation, CONFIG, progress=False).score(validation)
 
 
@@ -209,11 +209,11 @@ from forvalue_callbacks import ForValueConfig, ForValueScorer
 torch.distributed.init_process_group("gloo")  # and no accelerate
 rank = torch.distributed.get_rank()
 train, values = rows_of(90, 2, 0.3)[0], {}
-for direction in ("labels", "whitened", "whitened"):  # the last one finds the direction that the one before has kept
-    config = ForValueConfig(direction=direction, direction_cache=sys.argv[2])
+for method in ("label_model", "whitened", "whitened"):  # the last one finds the direction that the one before has kept
+    config = ForValueConfig(method=method, direction_cache=sys.argv[2])
     scorer = ForValueScorer(build_model(), rows_of(60, 1)[0], config, progress=False)
     scorer.batcher.max_tokens = 40
-    values[direction] = scorer.score(train).values.tolist()
+    values[method] = scorer.score(train).values.tolist()
 values["pairs"] = scorer.pairwise(train, f"{sys.argv[2]}/pairs.npy").nanmean(1).tolist()
 with open(f"{sys.argv[2]}/{rank}.json", "w") as file:
     json.dump(values, file)
@@ -232,8 +232,8 @@ def test_two_gloo_ranks_have_the_scores_of_one(tmp_path):
     )
     two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert two[0] == two[1], "ranks that differ would draw different rows"
-    for direction, tolerance in (("labels", 1e-2), ("whitened", 1e-5)):
-        config = ForValueConfig(direction=direction)
+    for method, tolerance in (("label_model", 1e-2), ("whitened", 1e-5)):
+        config = ForValueConfig(method=method)
         one = ForValueScorer(build_model(), rows_of(60, 1)[0], config, progress=False).score(rows_of(90, 2, 0.3)[0])
-        assert relative(two[0][direction], one.values) < tolerance
+        assert relative(two[0][method], one.values) < tolerance
     assert relative(two[0]["pairs"], one.values) < 1e-4

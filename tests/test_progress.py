@@ -10,10 +10,12 @@ import pytest
 import torch
 from conftest import build_model, build_rows
 
-from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueScores, auto, evidence
+from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueScores
 from forvalue_callbacks import progress as module
 from forvalue_callbacks.core.fit import Fit
 from forvalue_callbacks.data.corruption import KINDS
+from forvalue_callbacks.methods import auto
+from forvalue_callbacks.methods import measures as evidence
 from forvalue_callbacks.progress import Pass, Plan, Progress, duration, speaking
 
 TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
@@ -114,7 +116,7 @@ def unweighed(clean, copies, train, reasons, rng):
 
 
 @pytest.mark.parametrize(
-    ("direction", "passes"),
+    ("method", "passes"),
     [
         ("gradient", ["validation rows", "rows to score"]),
         ("whitened", ["validation rows", "rows to score"]),
@@ -130,7 +132,7 @@ def unweighed(clean, copies, train, reasons, rng):
         ),
     ],
 )
-def test_every_method_says_which_passes_are_to_come_and_makes_them(direction, passes, capsys, monkeypatch):
+def test_every_method_says_which_passes_are_to_come_and_makes_them(method, passes, capsys, monkeypatch):
     made, part = [], Progress.part
 
     def noted(self, name, rows):
@@ -141,12 +143,12 @@ def test_every_method_says_which_passes_are_to_come_and_makes_them(direction, pa
     monkeypatch.setattr(evidence, "fit_head", unfitted)  # the fits take a minute and make no pass
     monkeypatch.setattr(auto, "_scores", unweighed)
     monkeypatch.setattr(auto, "KINDS", KINDS[1:3])
-    validation = build_rows(40, seed=2) if direction == "auto" else VALIDATION
-    scorer = ForValueScorer(build_model(), validation, ForValueConfig(direction=direction))
+    validation = build_rows(40, seed=2) if method == "auto" else VALIDATION
+    scorer = ForValueScorer(build_model(), validation, ForValueConfig(method=method))
     scorer.score(TRAIN)
     assert [name for name, _, _ in made] == [planned for _, _, planned in made] == passes
     said = capsys.readouterr().err
-    line = f"For-Value ({direction}): scoring 24 rows by {len(validation)} validation rows: {len(passes)} passes ("
+    line = f"For-Value ({method}): scoring 24 rows by {len(validation)} validation rows: {len(passes)} passes ("
     assert said.count(line) == 1
     for k, name in enumerate(passes, 1):
         assert f"\r{k} of {len(passes)}: {name}: " in said
@@ -154,7 +156,7 @@ def test_every_method_says_which_passes_are_to_come_and_makes_them(direction, pa
     assert re.search(rf"100%\|█+\| {total}/{total} ", said)
     made.clear()
     scorer.score(TRAIN[:3])  # the validation side is known
-    assert direction == "auto" or [(name, rows) for name, rows, _ in made] == [("rows to score", 3)]
+    assert method == "auto" or [(name, rows) for name, rows, _ in made] == [("rows to score", 3)]
 
 
 def test_label_rows_say_their_passes_and_the_fit(capsys, monkeypatch):
@@ -164,7 +166,7 @@ def test_label_rows_say_their_passes_and_the_fit(capsys, monkeypatch):
         {**row, "input_ids": [*row["input_ids"][:2], 5 + i % 2], "labels": [-100, -100, 5 + i % 2]}
         for i, row in enumerate(build_rows(40, seed=3))
     ]
-    ForValueScorer(build_model(), answers[:20], ForValueConfig(direction="labels")).score(answers[20:])
+    ForValueScorer(build_model(), answers[:20], ForValueConfig(method="label_model")).score(answers[20:])
     said = capsys.readouterr().err
     assert "2 passes (validation rows, rows to score), " in said
     assert ", then a label model is fitted\n" in said

@@ -201,7 +201,7 @@ def test_rows_are_what_the_collator_makes_of_them(names, tokenizer):
     options = {"progress": False, "processing_class": tokenizer}
     by_tokens = ForValueScorer(model, tokens[2:], **options).score(tokens)
     cut = RowConfig(max_length=8)
-    by_collator = ForValueScorer(model, rows[2:], rows=cut, data_collator=collate, **options).score(rows)
+    by_collator = ForValueScorer(model, rows[2:], row_config=cut, data_collator=collate, **options).score(rows)
     assert by_collator.n_labelled.tolist() == by_tokens.n_labelled.tolist()
     np.testing.assert_array_equal(by_collator.values, by_tokens.values)
 
@@ -457,6 +457,6 @@ def test_a_plain_trainer_does_not_truncate(kind, tmp_path, monkeypatch):
 )
 def test_rows_are_truncated_where_sft_trainer_truncates(options, max_length, tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], **options)
-    assert settings_of(args, ForValueConfig(), None)["rows"].max_length == max_length
+    assert settings_of(args, ForValueConfig(), None)["row_config"].max_length == max_length
     plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    assert settings_of(plain, ForValueConfig(), None)["rows"].max_length is None
+    assert settings_of(plain, ForValueConfig(), None)["row_config"].max_length is None

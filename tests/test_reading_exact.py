@@ -14,8 +14,8 @@ from tokenizers_for_tests import build_tokenizer
 from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
-from forvalue_callbacks.data.corruption import corrupted
 from forvalue_callbacks.data.collated import NotTogetherError, together
+from forvalue_callbacks.data.corruption import corrupted
 from forvalue_callbacks.data.reading import OwnRandomness, examples_of
 
 ROWS, VALIDATION = build_rows(6, seed=1), build_rows(5, seed=2)
@@ -69,7 +69,7 @@ def test_token_types_of_zero_count_without_a_collator_too(gpt2):
     scores = scorer(gpt2, typed(VALIDATION)).score(rows)
     assert relative(scores.values, autograd_scores(gpt2, typed(VALIDATION), rows)) < 1e-10
     assert relative(plain.values, scores.values) > 0.01
-    assert plain.metadata["made_of"]["data"] != scores.metadata["made_of"]["data"]
+    assert plain.metadata["provenance"]["data"] != scores.metadata["provenance"]["data"]
 
 
 def test_token_types_go_with_a_copy_that_is_changed(gpt2):
@@ -186,7 +186,7 @@ def test_labels_through_a_collator_are_read_once_where_answers_repeat():
     counting = scorer(
         model.float(),
         rows[:40],
-        config=ForValueConfig("labels"),
+        config=ForValueConfig("label_model"),
         data_collator=lambda examples: (
             seen.append(1),
             {key: value.float() if value.is_floating_point() else value for key, value in collate(examples).items()},

@@ -13,7 +13,7 @@ from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueS
 from forvalue_callbacks.trainer.callback import SCORES_FILE
 
 AUTO = Drop("auto")
-LABELS = ForValueConfig(direction="labels")
+LABELS = ForValueConfig(method="label_model")
 
 
 def callback(*args, **options):
@@ -42,8 +42,8 @@ def refused(path, build, match, kind=ValueError, **options):
         (0.2, TypeError, r"type float.*Drop\(0.2\)"),
         (Drop, TypeError, r"class Drop.*Drop\(0.2\)"),
         ("drop everything", ValueError, r"cannot read the policy.*drop:0.2"),
-        (AUTO, ValueError, r"log odds.*direction='auto'.*or give a fraction"),
-        ("drop:0.1+drop:auto", ValueError, r"log odds.*direction='auto'"),
+        (AUTO, ValueError, r"log odds.*method='auto'.*or give a fraction"),
+        ("drop:0.1+drop:auto", ValueError, r"log odds.*method='auto'"),
     ],
 )
 def test_policies_that_are_none_or_need_other_scores(tmp_path, way, policy, kind, match):
@@ -273,7 +273,7 @@ def test_given_scores_are_those_of_these_rows_in_this_order(tmp_path):
         callback = ForValueCallback(VALIDATION, Drop(0.25), scores=good)
         make_trainer(tmp_path, [callback], max_steps=1).train()
         assert set(np.flatnonzero(callback.weights == 0)) == set(np.argsort(scores.values)[:6])
-    by_other_means = {"made_of": {}}  # then there are numbers of labelled tokens to compare
+    by_other_means = {"provenance": {}}  # then there are numbers of labelled tokens to compare
     for other, metadata in ((rows[::-1], {}), (rows[::-1], by_other_means), (build_rows(24, seed=9), {})):
         refused(tmp_path, callback_with(given(other, **metadata)), "other rows, of these rows in another order")
     refused(tmp_path, callback_with(given(rows[:-1])), "23 scores for 24 training rows")

@@ -8,14 +8,15 @@ import transformers
 from conftest import ARCHITECTURES, build_model, build_rows
 from oracles import relative, row_gradient, score_by_autograd, score_by_double_sum
 
-from forvalue_callbacks import ForValueConfig, ForValueScorer, batching
+from forvalue_callbacks import ForValueConfig, ForValueScorer
 from forvalue_callbacks.data.sft import RowConfig
+from forvalue_callbacks.model import run as batching
 
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
 
 
 def score(model, train=TRAIN, validation=VALIDATION, rows=None, **config):
-    return ForValueScorer(model, validation, ForValueConfig(**config), rows=rows, progress=False).score(train)
+    return ForValueScorer(model, validation, ForValueConfig(**config), row_config=rows, progress=False).score(train)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -146,17 +147,15 @@ def test_the_log_likelihood_comes_along():
         assert got == pytest.approx(-float(loss) * n, rel=1e-6)
 
 
-@pytest.mark.parametrize("direction", ["gradient", "whitened"])
-def test_normalize_divides_by_tokens_or_by_the_rows_own_norm(direction):
+@pytest.mark.parametrize("method", ["gradient", "whitened"])
+def test_normalize_divides_by_tokens_or_by_the_rows_own_norm(method):
     model = build_model("llama", torch.float64)
-    plain = score(model, direction=direction)
-    assert (
-        relative(score(model, direction=direction, normalize="length").values, plain.values / plain.n_labelled) < 1e-12
-    )
+    plain = score(model, method=method)
+    assert relative(score(model, method=method, normalize="length").values, plain.values / plain.n_labelled) < 1e-12
     gradients = [row_gradient(model, row) for row in TRAIN]
-    metric = inverse_second_moment(model, VALIDATION) if direction == "whitened" else torch.eye(gradients[0].shape[1])
+    metric = inverse_second_moment(model, VALIDATION) if method == "whitened" else torch.eye(gradients[0].shape[1])
     norms = [float((g @ metric.to(g) * g).sum().sqrt()) for g in gradients]
-    cosine = score(model, direction=direction, normalize="cosine").values
+    cosine = score(model, method=method, normalize="cosine").values
     assert relative(cosine, plain.values / norms) < 1e-10
 
 
@@ -180,9 +179,9 @@ def test_whitened_scores_are_those_of_the_inverse_second_moment_written_out():
     metric = inverse_second_moment(model, VALIDATION)
     pairs = np.array([[float((side @ metric * g).sum()) for side in sides] for g in gradients])
     norms = [float((g @ metric * g).sum().sqrt()) for g in gradients]
-    assert relative(score(model, direction="whitened").values, pairs.mean(1)) < 1e-9
-    assert relative(score(model, direction="whitened", normalize="cosine").values, pairs.mean(1) / norms) < 1e-9
-    scorer = ForValueScorer(model, VALIDATION, ForValueConfig(direction="whitened"), progress=False)
+    assert relative(score(model, method="whitened").values, pairs.mean(1)) < 1e-9
+    assert relative(score(model, method="whitened", normalize="cosine").values, pairs.mean(1) / norms) < 1e-9
+    scorer = ForValueScorer(model, VALIDATION, ForValueConfig(method="whitened"), progress=False)
     assert relative(scorer.pairwise(TRAIN), pairs) < 1e-9
 
 
@@ -204,8 +203,8 @@ def test_pairwise_averages_to_the_score_and_keeps_bad_rows_as_nan():
     model = build_model()
     train = [TRAIN[0], {"input_ids": [5], "labels": [5]}, *TRAIN[1:]]
     validation = [{"input_ids": [5], "labels": [5]}, *VALIDATION]
-    for direction in ("gradient", "whitened"):
-        scorer = ForValueScorer(model, validation, ForValueConfig(direction=direction), progress=False)
+    for method in ("gradient", "whitened"):
+        scorer = ForValueScorer(model, validation, ForValueConfig(method=method), progress=False)
         pairs, scores = scorer.pairwise(train), scorer.score(train)
         assert pairs.shape == (len(train), len(validation))
         assert torch.isnan(pairs[1]).all()
@@ -365,7 +364,7 @@ def test_the_model_is_left_exactly_as_found():
     ).loss.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     rng = torch.get_rng_state()
-    score(model, normalize="cosine", direction="whitened")
+    score(model, normalize="cosine", method="whitened")
     assert torch.equal(rng, torch.get_rng_state())
     assert modes == [m.training for m in model.modules()]
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -376,8 +375,8 @@ def test_the_model_is_left_exactly_as_found():
 
 def test_fingerprints_change_with_what_makes_the_scores_and_with_nothing_else(tmp_path):
     model = build_model()
-    base = score(model).metadata["made_of"]
-    assert score(model, max_tokens_per_batch=17, direction_cache=str(tmp_path)).metadata["made_of"] == base
+    base = score(model).metadata["provenance"]
+    assert score(model, max_tokens_per_batch=17, direction_cache=str(tmp_path)).metadata["provenance"] == base
     nudged = build_model()
     with torch.no_grad():
         nudged.model.layers[1].mlp.up_proj.weight[-1, -1] += 1e-3
@@ -388,30 +387,30 @@ def test_fingerprints_change_with_what_makes_the_scores_and_with_nothing_else(tm
         "weights": score(nudged),
     }
     for part, scores in changed.items():
-        assert {k for k, v in scores.metadata["made_of"].items() if v != base[k]} == {part}
+        assert {k for k, v in scores.metadata["provenance"].items() if v != base[k]} == {part}
 
 
 @pytest.mark.parametrize(
-    ("direction", "normalize"),
+    ("method", "normalize"),
     [("gradient", "none"), ("whitened", "cosine"), ("fitted", "none"), ("fitted_likelihood", "length")],
 )
-def test_a_direction_is_kept_for_other_processes(direction, normalize, tmp_path, monkeypatch):
+def test_a_direction_is_kept_for_other_processes(method, normalize, tmp_path, monkeypatch):
     def scorer(model, validation=VALIDATION, **config):
-        config = {"direction": direction, "normalize": normalize, "direction_cache": str(tmp_path / "new"), **config}
+        config = {"method": method, "normalize": normalize, "direction_cache": str(tmp_path / "new"), **config}
         return ForValueScorer(model, validation, ForValueConfig(**config), progress=False)
 
     first = scorer(build_model())
     want = first.score(TRAIN)
-    monkeypatch.setattr(ForValueScorer, "_fit", lambda self: pytest.fail("the direction is computed again"))
+    monkeypatch.setattr(ForValueScorer, "_fit", lambda self: pytest.fail("the method is computed again"))
     again = scorer(build_model(), max_tokens_per_batch=50)
     got = again.score(TRAIN)
     assert relative(got.values, want.values) < 1e-5
-    assert got.metadata["made_of"] == want.metadata["made_of"]
-    if direction == "whitened":
+    assert got.metadata["provenance"] == want.metadata["provenance"]
+    if method == "whitened":
         first, again = (scorer(build_model(), normalize="none") for _ in range(2))
         monkeypatch.undo()
         np.testing.assert_array_equal(again.pairwise(TRAIN).numpy(), first.pairwise(TRAIN).numpy())
-    if direction.startswith("fitted"):
+    if method.startswith("fitted"):
         assert again.fit.curve == first.fit.curve
         assert again.fit.ridge == first.fit.ridge
         assert torch.equal(again.fit.move_VD, first.fit.move_VD)
@@ -427,7 +426,7 @@ def test_a_kept_direction_is_not_taken_for_another(tmp_path):
             lambda: score(build_model(), **config),
             lambda: score(nudged, **config),
             lambda: score(build_model(), validation=VALIDATION[1:], **config),
-            lambda: score(build_model(), direction="whitened", **config),
+            lambda: score(build_model(), method="whitened", **config),
         ),
         start=1,
     ):
@@ -436,8 +435,8 @@ def test_a_kept_direction_is_not_taken_for_another(tmp_path):
 
 
 def test_bad_settings_say_what_would_be_right():
-    with pytest.raises(ValueError, match=r"direction='newton'.*gradient"):
-        ForValueConfig(direction="newton")
+    with pytest.raises(ValueError, match=r"method='newton'.*gradient"):
+        ForValueConfig(method="newton")
     with pytest.raises(ValueError, match="no validation row can be scored"):
         score(build_model(), validation=[{"input_ids": [5], "labels": [5]}])
     with pytest.raises(ValueError, match="pairwise"):
@@ -503,6 +502,8 @@ def test_the_hash_of_rows_with_images_is_that_of_text_and_pixels_in_their_order(
     other[2]["text"][-1] += 1
     hashes.append(scorer.hash_rows(other))
     assert len(set(hashes)) == len(hashes)
-    assert scorer.score(other).metadata["made_of"]["data"] == hashes[-1]
-    made_of = ForValueScorer(model, other, data_collator=collate, progress=False).made_of()
-    assert made_of["validation"] != ForValueScorer(model, rows[:3], data_collator=collate).made_of()["validation"]
+    assert scorer.score(other).metadata["provenance"]["data"] == hashes[-1]
+    provenance = ForValueScorer(model, other, data_collator=collate, progress=False).provenance()
+    assert (
+        provenance["validation"] != ForValueScorer(model, rows[:3], data_collator=collate).provenance()["validation"]
+    )

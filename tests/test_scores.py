@@ -14,13 +14,13 @@ from forvalue_callbacks.scores.scores import PARTS, ForValueScores, grouped_reas
 MADE_OF = {"weights": "w1", "validation": "v1", "data": "d1", "config": "c1"}
 
 
-def make_scores(n=20, made_of=MADE_OF):
+def make_scores(n=20, provenance=MADE_OF):
     rng = np.random.default_rng(n)
     values, reasons = rng.normal(size=n), [None] * n
     for row in range(2, n, 7):
         values[row], reasons[row] = np.nan, "no labelled tokens"
     log_likelihood = np.where(np.isnan(values), np.nan, -rng.random(n))
-    metadata = {"made_of": dict(made_of), "config": {"direction": "gradient"}, "torch": "2"}
+    metadata = {"provenance": dict(provenance), "config": {"direction": "gradient"}, "torch": "2"}
     return ForValueScores(values, reasons, log_likelihood, rng.integers(1, 30, n), metadata)
 
 
@@ -76,7 +76,7 @@ def test_scores_made_of_another_part_are_refused_by_its_name(tmp_path, part):
 
 
 def test_scores_that_do_not_say_what_made_them_match_no_expectation(tmp_path):
-    make_scores(made_of={}).save(tmp_path / "scores.parquet")
+    make_scores(provenance={}).save(tmp_path / "scores.parquet")
     with pytest.raises(
         ValueError, match="other weights and other validation rows and other training rows and other settings"
     ):
@@ -211,17 +211,11 @@ def test_without_matplotlib_the_plot_names_the_extra_to_install(tmp_path, monkey
 
 
 def test_policies_and_scores_import_neither_torch_nor_matplotlib():
-    # `-m` style imports would run the package's __init__, which may load torch: load the two files alone.
     code = (
-        "import importlib.util, json, sys\n"
-        "for name in ('policies', 'scores'):\n"
-        "    spec = importlib.util.spec_from_file_location(name, f'forvalue_callbacks/{name}.py')\n"
-        "    sys.modules[name] = module = importlib.util.module_from_spec(spec)\n"
-        "    spec.loader.exec_module(module)\n"
-        "print(json.dumps([n for n in ('torch', 'transformers', 'matplotlib') if n in sys.modules]))"
+        "import json, sys, forvalue_callbacks.policies, forvalue_callbacks.scores; "
+        "print(json.dumps([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules]))"
     )
-    root = __file__.rsplit("tests", 1)[0]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .head import Head, working_dtype
-from .stream import TOKEN_TILE, VOCAB_BLOCK, _blocks, _OnlineSoftmax
+from .stream import TOKEN_TILE, VOCAB_BLOCK, OnlineSoftmax, blocks
 
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 FOLDS = 3
@@ -144,8 +144,8 @@ def _rest_log_normalizer(head: Head, seen_S: Tensor, hidden_TD: Tensor) -> Tenso
     seen_V[seen_S] = True
     out = []
     for hidden in hidden_TD.split(TOKEN_TILE):
-        fold = _OnlineSoftmax(hidden, hidden.dtype)
-        for block in _blocks(head.vocab_size, VOCAB_BLOCK):
+        fold = OnlineSoftmax(hidden, hidden.dtype)
+        for block in blocks(head.vocab_size, VOCAB_BLOCK):
             unseen = ~seen_V[block]
             if unseen.any():
                 fold.fold(block, head.logits(hidden, block)[:, unseen])

@@ -47,11 +47,11 @@ def _sizes(like: Tensor, token_tile: int | None, vocab_block: int | None) -> tup
     return token_tile or tile_for(like.device), vocab_block or block
 
 
-def _blocks(n: int, size: int) -> Iterator[slice]:
+def blocks(n: int, size: int) -> Iterator[slice]:
     return (slice(lo, min(lo + size, n)) for lo in range(0, n, size))
 
 
-class _OnlineSoftmax:
+class OnlineSoftmax:
     """log sum exp, the mean of a value under the softmax, and both at the labels, folded over blocks of vocabulary.
 
     Args:
@@ -103,7 +103,7 @@ def fold_kernel() -> Callable[..., None] | None:
         from .triton_fold import fold
 
         probe = torch.zeros(1, 1, device="cuda")
-        fold(_OnlineSoftmax(probe, torch.float32), slice(0, 1), probe, None)
+        fold(OnlineSoftmax(probe, torch.float32), slice(0, 1), probe, None)
     except Exception as error:  # whatever is wrong with a compiler: the fold in torch gives the same numbers
         logger.warning("the fold runs in torch, twice as slow: no Triton kernel (%s: %s)", type(error).__name__, error)
         return None
@@ -121,8 +121,8 @@ def log_normalizer(head: Head, hidden_TD: Tensor, vocab_block: int | None = None
     """`torch.logsumexp(head.logits(hidden), -1)`, (T,)."""
     dtype = working_dtype(head.weight, hidden_TD)
     hidden_TD = factor(head, hidden_TD, dtype)
-    fold = _OnlineSoftmax(hidden_TD, dtype)
-    for block in _blocks(head.vocab_size, _sizes(hidden_TD, None, vocab_block)[1]):
+    fold = OnlineSoftmax(hidden_TD, dtype)
+    for block in blocks(head.vocab_size, _sizes(hidden_TD, None, vocab_block)[1]):
         fold.fold(block, head.logits(hidden_TD, block))
     return fold.log_normalizer()
 
@@ -165,11 +165,11 @@ def add_gradient(
     """
     dtype = working_dtype(head.weight, hidden_TD)
     token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
-    for tile in _blocks(len(hidden_TD), token_tile):
+    for tile in blocks(len(hidden_TD), token_tile):
         hidden, labels = factor(head, hidden_TD[tile], dtype), labels_T[tile]
         states = hidden.to(out_VD.dtype)
         log_norm = log_normalizer(head, hidden, vocab_block)
-        for block in _blocks(head.vocab_size, vocab_block):
+        for block in blocks(head.vocab_size, vocab_block):
             out_VD[block].addmm_(errors(head, hidden, labels, log_norm, block).T.to(out_VD.dtype), states)
     return out_VD
 
@@ -181,10 +181,10 @@ def log_likelihood_tokens(
     dtype = working_dtype(head.weight, hidden_TD)
     token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     log_p = []
-    for tile in _blocks(len(hidden_TD), token_tile):
+    for tile in blocks(len(hidden_TD), token_tile):
         hidden = factor(head, hidden_TD[tile], dtype)
-        fold = _OnlineSoftmax(hidden, dtype, labels_T[tile])
-        for block in _blocks(head.vocab_size, vocab_block):
+        fold = OnlineSoftmax(hidden, dtype, labels_T[tile])
+        for block in blocks(head.vocab_size, vocab_block):
             fold.fold(block, head.logits(hidden, block))
         log_p.append(fold.log_likelihood())
     return _join(log_p, hidden_TD, dtype)
@@ -215,10 +215,10 @@ def score_tokens(
     dtype = working_dtype(head.weight, hidden_TD, direction_VD)
     token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     scores, log_p = [], []
-    for tile in _blocks(len(hidden_TD), token_tile):
+    for tile in blocks(len(hidden_TD), token_tile):
         hidden = factor(head, hidden_TD[tile], dtype)
-        fold = _OnlineSoftmax(hidden, dtype, labels_T[tile])
-        for block in _blocks(head.vocab_size, vocab_block):
+        fold = OnlineSoftmax(hidden, dtype, labels_T[tile])
+        for block in blocks(head.vocab_size, vocab_block):
             logits = head.logits(hidden, block)
             gain = product(hidden, direction_VD[block])
             slope = head.slope(logits)
@@ -250,10 +250,10 @@ def gain_tokens(
     dtype = working_dtype(head.weight, hidden_TD, move_VD)
     token_tile, vocab_block = _sizes(hidden_TD, token_tile, vocab_block)
     gains, log_p = [], []
-    for tile in _blocks(len(hidden_TD), token_tile):
+    for tile in blocks(len(hidden_TD), token_tile):
         hidden = factor(head, hidden_TD[tile], dtype)
-        before, after = (_OnlineSoftmax(hidden, dtype, labels_T[tile]) for _ in range(2))
-        for block in _blocks(head.vocab_size, vocab_block):
+        before, after = (OnlineSoftmax(hidden, dtype, labels_T[tile]) for _ in range(2))
+        for block in blocks(head.vocab_size, vocab_block):
             linear = head.linear(hidden, block)
             moved = head.transform(product(hidden, move_VD[block]).add_(linear))
             before.fold(block, head.transform(linear))
@@ -292,15 +292,15 @@ def score_pairs(
     dtype = working_dtype(head.weight, hidden_TD, other_hidden_TD)
     token_tile, vocab_block = _sizes(hidden_TD, token_tile or PAIR_TILE, vocab_block)
     out = torch.zeros(n_rows, n_other_rows, dtype=torch.float64, device=hidden_TD.device)
-    others = [(tile, factor(head, other_hidden_TD[tile], dtype)) for tile in _blocks(len(other_hidden_TD), token_tile)]
+    others = [(tile, factor(head, other_hidden_TD[tile], dtype)) for tile in blocks(len(other_hidden_TD), token_tile)]
     other_log_norms = [log_normalizer(head, other_hidden, vocab_block) for _, other_hidden in others]
-    for tile in _blocks(len(hidden_TD), token_tile):
+    for tile in blocks(len(hidden_TD), token_tile):
         hidden, labels = factor(head, hidden_TD[tile], dtype), labels_T[tile]
         log_norm = log_normalizer(head, hidden, vocab_block)
         for (other, other_hidden), other_log_norm in zip(others, other_log_norms, strict=True):
             other_labels = other_labels_T[other]
             products = hidden.new_zeros(len(hidden), len(other_hidden), dtype=dtype)
-            for block in _blocks(head.vocab_size, vocab_block):
+            for block in blocks(head.vocab_size, vocab_block):
                 left = errors(head, hidden, labels, log_norm, block)
                 right = errors(head, other_hidden, other_labels, other_log_norm, block)
                 products.addmm_(left, right.T)
@@ -352,7 +352,7 @@ def squared_norms(
         flat = factor(head, hidden_TD[place].flatten(0, 1), dtype)
         log_norm = log_normalizer(head, flat, vocab_block)
         gram = hidden.new_zeros(len(group), longest, longest)
-        for block in _blocks(head.vocab_size, vocab_block):
+        for block in blocks(head.vocab_size, vocab_block):
             error = errors(head, flat, labels, log_norm, block).unflatten(0, real.shape)
             error.mul_(real[:, :, None])
             gram.baddbmm_(error, error.mT)

@@ -42,7 +42,7 @@ def _fold(
 
 
 def fold(state: Any, block: slice, logits_TC: Tensor, value_TC: Tensor | None) -> None:
-    """What `_OnlineSoftmax.fold` does, `state` being one, in place.
+    """What `OnlineSoftmax.fold` does, `state` being one, in place.
 
     Args:
         logits_TC, value_TC: float32, of one shape; here they are not overwritten.

@@ -1,6 +1,6 @@
 """Scores that are the log of the odds that a row is clean: 0 is where it is as likely noisy as clean.
 
-`direction="labels"`, where answers repeat: the label model of `labels.py`. `direction="auto"`: the same where answers
+`method="label_model"`, where answers repeat: the label model of `labels.py`. `method="auto"`: the same where answers
 repeat; else copies of the held-out rows are corrupted in the ways in which data goes wrong, and what tells the copies
 from the clean rows is learned there, cross-fitted, and used on the training rows.
 """
@@ -83,7 +83,7 @@ def score_labels(
         why = [None if ok else f"non-finite score: {OVERFLOW}" for ok in finite]
         for i, item in enumerate(batch.items):
             if item.row is not None and item.row.labels[0] != IGNORED:
-                why[i] = "no prompt: direction='labels' judges an answer by its prompt"
+                why[i] = "no prompt: method='label_model' judges an answer by its prompt"
         return list(zip(features, answers, log_p.tolist(), batch.lengths, why, strict=True))
 
     def readable(rows: Iterable[Any], side: str) -> tuple[dict[int, Any], list[str | None], str]:
@@ -98,8 +98,8 @@ def score_labels(
     known = list(readable(items, VALIDATION)[0].values())
     if (repeated := _share([answer for _, answer, *_ in known])) < REPEATED:
         raise ValueError(
-            f"direction='labels' is for answers that repeat, and {repeated:.0%} of the {len(known)} validation rows "
-            "share theirs with another: use direction='auto'."
+            f"method='label_model' is for answers that repeat, and {repeated:.0%} of the {len(known)} validation rows "
+            "share theirs with another: use method='auto'."
         )
     train, reasons, data_hash = readable(dataset, ROWS)
     index, rows = list(train), list(train.values())
@@ -175,12 +175,12 @@ def score_auto(
     held_out = [item.row for item in items if item.row is not None]
     if len(held_out) < len(items):
         raise ValueError(
-            "direction='auto' needs rows of token ids, or answers that repeat: nothing can corrupt answers in "
+            "method='auto' needs rows of token ids, or answers that repeat: nothing can corrupt answers in "
             "rows that a collator makes batches of."
         )
     if len(held_out) < MIN_ROWS:
         raise ValueError(
-            f"direction='auto' learns from the held-out rows and has {len(held_out)}: give at least {MIN_ROWS} "
+            f"method='auto' learns from the held-out rows and has {len(held_out)}: give at least {MIN_ROWS} "
             "(a few hundred are better), or choose a direction."
         )
     rng = np.random.default_rng(seed)

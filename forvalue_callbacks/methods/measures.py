@@ -1,4 +1,4 @@
-"""What forward passes say about a row: the numbers that `direction="auto"` chooses from.
+"""What forward passes say about a row: the numbers that `method="auto"` chooses from.
 
 Two passes per row: over the whole row, and over its answer alone (its labelled tokens behind BOS). What rests on
 held-out rows (the For-Value directions, a fitted head) is measured once for each half of them, so that a held-out row

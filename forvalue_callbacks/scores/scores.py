@@ -32,7 +32,7 @@ class ForValueScores:
             characters, halves of characters) becomes "?".
         log_likelihood: (N,) float64, sum of log p over the labelled tokens; NaN where a row could not be scored.
         n_labelled: (N,) int64, number of labelled tokens.
-        metadata: JSON-able. `metadata["made_of"]` maps each part that determines the scores (weights, validation,
+        metadata: JSON-able. `metadata["provenance"]` maps each part that determines the scores (weights, validation,
             data, config) to its hash; everything else (versions, the config itself) is for the reader.
 
     Raises:
@@ -91,9 +91,9 @@ class ForValueScores:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of `metadata["made_of"]`, 32 hex digits: the same wherever the same parts made the scores."""
-        made_of = json.dumps(self.metadata.get("made_of", {}), sort_keys=True, separators=(",", ":"))
-        return xxhash.xxh3_128_hexdigest(made_of.encode())
+        """Hash of `metadata["provenance"]`, 32 hex digits: the same wherever the same parts made the scores."""
+        provenance = json.dumps(self.metadata.get("provenance", {}), sort_keys=True, separators=(",", ":"))
+        return xxhash.xxh3_128_hexdigest(provenance.encode())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one Parquet file (row, score, reason, log_likelihood, n_labelled); a row without a score has null.
@@ -122,7 +122,7 @@ class ForValueScores:
 
         Args:
             path: the Parquet file.
-            expected: what the scores must be made of: some or all keys of `metadata["made_of"]`.
+            expected: what the scores must be made of: some or all keys of `metadata["provenance"]`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -139,7 +139,7 @@ class ForValueScores:
         if stored is None:
             raise ValueError(f"{path} was not written by ForValueScores.save: {INSTEAD}")
         metadata = json.loads(stored)
-        _check_made_of(metadata.get("made_of", {}), expected or {}, path)
+        _check_provenance(metadata.get("provenance", {}), expected or {}, path)
         return cls(
             values=table["score"].to_numpy(),
             reasons=table["reason"].to_pylist(),
@@ -277,9 +277,11 @@ def _mean_ranks(x: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def _check_made_of(made_of: Mapping[str, Any], expected: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def _check_provenance(
+    provenance: Mapping[str, Any], expected: Mapping[str, Any], path: str | os.PathLike[str]
+) -> None:
     expected = json.loads(json.dumps(dict(expected)))  # a tuple comes back from JSON as a list
-    differing = [PARTS.get(key, key) for key in expected if made_of.get(key) != expected[key]]
+    differing = [PARTS.get(key, key) for key in expected if provenance.get(key) != expected[key]]
     if differing:
         raise ValueError(
             f"the scores in {path} were made with other {' and other '.join(differing)}: score again, or go back to "

@@ -182,7 +182,7 @@ class ForValueCallback(TrainerCallback):
         """Whether `auto_find_batch_size` has begun the run anew, with weights trained since: the scores hold."""
         if not (self._running and args.auto_find_batch_size) or self.scores is None:
             return False
-        return self._given or self.scores.metadata["made_of"]["data"] == scorer.hash_rows(dataset)
+        return self._given or self.scores.metadata["provenance"]["data"] == scorer.hash_rows(dataset)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -277,10 +277,10 @@ def settings_of(args: TrainingArguments, config: ForValueConfig, data_collator: 
     if options.get("completion_only_loss") is None and hasattr(data_collator, "completion_only_loss"):
         # Before trl 1.0 the collator labels rows that have lost the columns by which the trainer has decided.
         options["completion_only_loss"] = data_collator.completion_only_loss
-    rows = RowConfig(**options)
+    row_config = RowConfig(**options)
     if config.forward_dtype is None and (args.bf16 or args.fp16):
         config = replace(config, forward_dtype="bfloat16" if args.bf16 else "float16")
-    return {"config": config, "rows": rows}
+    return {"config": config, "row_config": row_config}
 
 
 def apply_policy(
@@ -298,7 +298,7 @@ def apply_policy(
 
 def _checked(config: ForValueConfig | None) -> ForValueConfig:
     if config is not None and not isinstance(config, ForValueConfig):
-        raise TypeError(f"config is of type {type(config).__name__}: give one like ForValueConfig(direction='auto')")
+        raise TypeError(f"config is of type {type(config).__name__}: give one like ForValueConfig(method='auto')")
     return config or ForValueConfig()
 
 
@@ -351,12 +351,12 @@ def _kept_scores(
                     kept.insert(0, (file, ForValueScores.load(file)))
                 except (OSError, ValueError) as error:
                     logger.warning("%s cannot be read as scores: %s", file, error)
-        expected = {**scorer.made_of(), "data": scorer.hash_rows(dataset)} if kept else {}
+        expected = {**scorer.provenance(), "data": scorer.hash_rows(dataset)} if kept else {}
         if state.global_step > 0:
             expected.pop("weights", None)
         for name, scores in kept:
-            made_of = scores.metadata.get("made_of", {})
-            other = [PARTS.get(part, part) for part in expected if made_of.get(part) != expected[part]]
+            provenance = scores.metadata.get("provenance", {})
+            other = [PARTS.get(part, part) for part in expected if provenance.get(part) != expected[part]]
             if not other:
                 found[0] = scores
                 progress.say(f"For-Value: the scores are those of {name}")

@@ -70,8 +70,8 @@ def refuse_policy(policy: Policy, log_odds: bool) -> None:
     """Raises ValueError for `Drop("auto")` where scores are no log odds of a clean row."""
     if policy.needs_log_odds and not log_odds:
         raise ValueError(
-            f"{policy} needs scores that are log odds of a clean row: score with ForValueConfig(direction='auto') (or "
-            "'labels'), or give a fraction."
+            f"{policy} needs scores that are log odds of a clean row: score with ForValueConfig(method='auto') (or "
+            "'label_model'), or give a fraction."
         )
 
 
@@ -125,9 +125,9 @@ def groups_of(policy: Policy, dataset: Any, groups: Sequence[Any] | None) -> lis
 def refuse_other_rows(scores: ForValueScores, scorer: Any, dataset: Any) -> None:
     """Raises ValueError for scores that are not those of the data set's rows, in their order."""
     refuse_other_length(scores, dataset)
-    made_of = scores.metadata.get("made_of", {}).get("data")
-    if made_of is not None:
-        same = made_of == scorer.hash_rows(dataset)
+    provenance = scores.metadata.get("provenance", {}).get("data")
+    if provenance is not None:
+        same = provenance == scorer.hash_rows(dataset)
     else:  # made by other means: what there is to compare are numbers of labelled tokens, where they are given
         here = np.array([item.n_labelled if reason is None else 0 for item, reason in scorer.batcher.items(dataset)])
         compared = (scores.n_labelled > 0) & (here > 0)
