@@ -14,7 +14,8 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from .reading import OwnRandomness, copied
 from .reasons import UnscorableError, place_of
-from .sft import IGNORED, TOKEN_COLUMNS, Row, RowPreparer, has_images, refuse_packed
+from .sample import IGNORED
+from .sft import TOKEN_COLUMNS, Row, RowPreparer, has_images, refuse_packed
 
 # What a collator may be given, of a row of tokens, where it stumbles over other columns (a trainer removes those of
 # its training rows, and the validation rows have them still).
@@ -28,7 +29,7 @@ class Collated(NamedTuple):
 
     example: Any  # what the collator was given a copy of
     labels: np.ndarray  # int64 (L,), as the collator makes them, not shifted
-    batch: dict[str, Any]  # what it made, a batch of one
+    batch: dict[str, Any]  # the model inputs that it made, a batch of one
 
 
 class Collating:
@@ -126,22 +127,22 @@ class Collating:
         found = labels[0].cpu().numpy().astype(np.int64)
         if not (found[1:] != IGNORED).any():
             raise UnscorableError("no labelled tokens after the data_collator")
-        return Collated(given, found, _tensors(batch))
+        return Collated(given, found, _inputs(batch))
 
     def again(self, example: Any) -> dict[str, Any]:
         """The batch of one that the collator makes of an example that it has been given before."""
-        return _tensors(self._call(example))
+        return _inputs(self._call(example))
 
     def _call(self, example: Any) -> Any:
         with self._random_numbers:
             return self.collator([copied(example)])
 
 
-def _tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: torch.as_tensor(value) if isinstance(value, np.ndarray) or name in TOKEN_COLUMNS else value
         for name, value in batch.items()
-        if value is not None
+        if value is not None and name != "labels"
     }
 
 
@@ -150,7 +151,7 @@ def n_bytes(batch: Mapping[str, Any]) -> int:
     return sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))
 
 
-def together(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def together(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One batch of several of one row each: what there is one of for each token is padded on the right, all else
     (pixels, sizes of images) put together along its first dimension.
 
@@ -158,7 +159,7 @@ def together(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         NotTogetherError: other inputs or shapes in one than in another, or inputs of an unknown kind.
     """
     if len(batches) == 1:
-        return batches[0]
+        return dict(batches[0])
     lengths = [batch["input_ids"].shape[1] for batch in batches]
     out = {}
     for name in dict.fromkeys(name for batch in batches for name in batch):
@@ -168,9 +169,7 @@ def together(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
             raise NotTogetherError
         if all(value.shape == (1, n) for value, n in zip(tensors, lengths, strict=True)):
             # Token ids go on with the last one, which is no place of an image where the row ends with an answer.
-            pads = [
-                value[:, -1:] if name == "input_ids" else torch.tensor([[_PADS.get(name, 0)]]) for value in tensors
-            ]
+            pads = [value[:, -1:] if name == "input_ids" else torch.tensor([[0]]) for value in tensors]
             tensors = [
                 torch.cat([value, pad.to(value).expand(1, max(lengths) - n)], 1)
                 for value, pad, n in zip(tensors, pads, lengths, strict=True)
@@ -181,9 +180,6 @@ def together(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
             raise NotTogetherError
         out[name] = torch.cat(tensors)
     return out
-
-
-_PADS = {"labels": IGNORED}
 
 
 class NotTogetherError(Exception):

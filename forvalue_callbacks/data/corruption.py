@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from .sft import IGNORED, Row
+from .sample import IGNORED
+from .sft import Row
 
 # Share of the words that are deleted or inserted, and of those that a truncated answer keeps: uniform within.
 CHANGED, KEPT = (0.1, 0.5), (0.2, 0.8)

@@ -28,10 +28,10 @@ from .conversations import (
     training_template,
 )
 from .reasons import SetUpError, UnscorableError, place_of, printable
+from .sample import IGNORED
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the label of a token that is not scored
 # Columns of images: without them the token ids are half of the row.
 IMAGES = frozenset({"image", "images", "pixel_values"})
 # Columns of a batch that say all there is to say of a row of tokens.

@@ -1,290 +1,205 @@
-"""Scores that are the log of the odds that a row is clean: 0 is where it is as likely noisy as clean.
+"""Log odds that a row is clean: 0 is where it is as likely noisy as clean.
 
-`method="label_model"`, where answers repeat: the label model of `labels.py`. `method="auto"`: the same where answers
-repeat; else copies of the held-out rows are corrupted in the ways in which data goes wrong, and what tells the copies
-from the clean rows is learned there, cross-fitted, and used on the training rows.
+Where answers repeat, the label model. Else copies of the validation rows are corrupted in the ways in which data goes
+wrong, and what tells the copies from the clean rows is learned there, cross-fitted, and used on the training rows.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from .. import core
-from ..data.corruption import KINDS, corrupted
-from ..data.sft import IGNORED, Row
-from ..model.run import Batcher, Item, Labelled, answer_of, concatenate
-from ..progress import Pass, Plan, aside, size
-from ..scores.scores import ForValueScores, auc
-from .calibration import USEFUL_AUC, fit_classifier, log_odds, shares
-from .label_model import fit_labels
-from .measures import CANDIDATES, FOLDS, OVERFLOW, Evidence, Half, Match, Measured, answers_of
+from ..core import Head
+from ..core.stats import auc
+from ..data.corruption import KINDS, corrupted, word_starts
+from ..data.reader import row_of, sample_of
+from ..data.sample import Sample, Segment, answer_alone
+from ..model.positions import Columns, Positions, concatenate
+from ..model.ranks import together
+from ..model.run import Run
+from ..progress import Pass, Plan, aside
+from ..scores.noise import Evidence, NoiseEstimate
+from .base import LOG_ODDS, ROWS, VALIDATION, Found, Method, State, mean_tokens, measured
+from .calibration import USEFUL_AUC, Classifier, fit_classifier, log_odds, shares
+from .label_model import REPEATED, LabelModel, share_repeated
+from .measures import CANDIDATES, FOLDS, Half, Match, Reference, answers_alone, features, leading, n_grams, whole_rows
+from .whitened import WHITENING_RIDGE
 
 logger = logging.getLogger(__name__)
 
 MIN_ROWS = 40
-# Answers repeat where so many held-out rows share theirs with another.
-REPEATED = 0.5
-# The passes by name.
-HALVES, VALIDATION, ROWS = ("first half of the validation rows", "second half"), "validation rows", "rows to score"
-# Below such a share of training rows with an answer of the validation rows, the two are in different forms.
-AGREEING = 0.1
+# Training rows that the match of prompts and answers is learned from.
+MAX_ROWS = 16384
+HALVES = ("first half of the validation rows", "second half")
 
 
-def share_repeated(items: Sequence[Item]) -> float:
-    """Share of rows whose labelled tokens are those of another row too."""
-    return _share([item.answer for item in items])
-
-
-def _share(answers: Sequence[bytes]) -> float:
-    return sum(count for count in Counter(answers).values() if count > 1) / max(1, len(answers))
-
-
-def plan_labels(items: Sequence[Item], dataset: Iterable[Any]) -> Plan:
-    """The passes to come in `score_labels`."""
-    tokens = float(np.mean([item.tokens for item in items]))
-    return Plan(
-        [Pass(VALIDATION, len(items), tokens), Pass(ROWS, size(dataset), tokens)], then="a label model is fitted"
+class Auto(Method):
+    name = "auto"
+    help = (
+        "log odds that a row is clean, by what is learned from the validation rows and copies of them corrupted on "
+        "purpose; where answers repeat, 'label_model'"
     )
+    unit = LOG_ODDS
+    needs_all_rows = True
+    finishing = "weighing the evidence"
+    reads_prompt = True
+    parts = ("rows", "answers alone")
+    bos = 0
+
+    def chosen(self, validation: Sequence[Sample]) -> Method:
+        return LabelModel() if share_repeated(validation) >= REPEATED else self
+
+    def segments(self, sample: Sample, part: int) -> Sequence[Segment]:
+        return sample.segments if part == 0 else tuple(answer_alone(s, self.bos) for s in sample.segments)
+
+    def plan(self, validation: Sequence[Sample], n_rows: int | None, fitted: bool) -> Plan:
+        n, tokens = len(validation), mean_tokens(validation)
+        # Of a row and of its answer alone.
+        both = (tokens + float(np.mean([sample.n_labelled for sample in validation]))) / 2
+        before = [Pass(half, n // 2, tokens) for half in HALVES]
+        before += [Pass(name, 2 * n, both) for name in (VALIDATION, *KINDS)]
+        passes = [] if fitted else before
+        what = f"{VALIDATION}, {len(KINDS)} kinds of corrupted copies of them, {ROWS}; of each the answers alone too"
+        passes = [*passes, Pass(ROWS, None if n_rows is None else 2 * n_rows, both)]
+        return Plan(passes, probe=0 if fitted else len(HALVES), what=what)
+
+    def fit(self, run: Run, validation: Sequence[Sample]) -> State:
+        validation = _judged_by_tokens(validation)
+        self.bos = run.backbone.bos
+        head, rng = run.backbone.head(), np.random.default_rng(0)
+        places = [np.arange(h, len(validation), 2) for h in (0, 1)]
+        halves = []
+        with together("scoring the validation rows", run.sharded):
+            for half, name in zip(places, HALVES, strict=True):
+                batches = run.positions([validation[i] for i in half], self, name, all_ranks=True)
+                halves.append(Half.of(head, concatenate(batches), WHITENING_RIDGE))
+        frequency: Counter[tuple[int, ...]] = Counter()
+        for sample in validation:
+            frequency.update(n_grams(_tokens(sample)))
+        reference = Reference(halves, len(validation), frequency)
+        clean = measured(run, self, {"reference": reference}, validation, VALIDATION)
+        sides = torch.from_numpy(clean["prompt"]).double(), torch.from_numpy(clean["answer"]).double()
+        if (bases := leading(*sides)) is not None:
+            reference = replace(reference, bases=bases)
+            for name, side, basis in zip(("prompt", "answer"), sides, bases, strict=True):
+                clean[name] = (side @ basis).numpy()
+        copies = {}
+        for kind in KINDS:
+            rows = _copies(run, validation, places, kind, rng)
+            kept = np.array([i for i, row in enumerate(rows) if row is not None])
+            if len(kept) < MIN_ROWS // 2:
+                with aside():
+                    logger.warning("too few validation rows can be %s: this kind of noise is not looked for", kind)
+                continue
+            found = measured(run, self, {"reference": reference}, [row for row in rows if row is not None], kind)
+            copies[kind] = {**found, "row": kept[found["index"]]}
+        return {"reference": reference, "clean": {**clean, "row": clean["index"]}, "copies": copies, "rng": rng}
+
+    def score(self, state: State, head: Head, positions: Positions) -> Columns:
+        measure = whole_rows if positions.part == 0 else answers_alone
+        return measure(state["reference"], head, positions)
+
+    def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate]:
+        clean, copies, rng = state["clean"], state["copies"], copy.deepcopy(state["rng"])
+        train_fold = rng.integers(FOLDS, size=found.n)
+        match = _match(clean, found, train_fold)
+
+        def of_validation(measured: Columns) -> np.ndarray:
+            """Features of validation rows and their copies: judged by the half that they are not in."""
+            row = measured["row"]
+            return features(measured, 1 - row % 2, match(*_means(measured), row % FOLDS))
+
+        parts = {"clean": of_validation(clean)}
+        parts |= {kind: of_validation(measured) for kind, measured in copies.items()}
+        rows = np.concatenate([clean["row"], *(measured["row"] for measured in copies.values())])
+        classes = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
+        classifier, out_of_fold = fit_classifier(np.concatenate(list(parts.values())), classes, rows)
+        combined = log_odds(out_of_fold, np.full(len(parts), 1 / len(parts)))
+        evidence = {
+            kind: _evidence(parts["clean"], parts[kind], combined[classes == 0], combined[classes == k])
+            for k, kind in enumerate(copies, 1)
+        }
+        log_p = _of_training_rows(classifier, found, match, train_fold)
+        useful = [0, *(k for k, kind in enumerate(evidence, 1) if evidence[kind].auc >= USEFUL_AUC)]
+        share = np.zeros(len(parts))
+        share[useful] = shares(log_p[:, useful], len(clean["row"]))
+        if hidden := [kind for kind, known in evidence.items() if known.auc < USEFUL_AUC]:
+            with aside():
+                logger.warning(
+                    "on the validation rows no score finds %s: do not filter by this against it", " or ".join(hidden)
+                )
+        by_kind = dict(zip(evidence, share[1:].tolist(), strict=True))
+        return log_odds(log_p, share), NoiseEstimate(float(1 - share[0]), evidence, len(clean["row"]), by_kind)
 
 
-def plan_auto(items: Sequence[Item], dataset: Iterable[Any]) -> Plan:
-    """The passes to come in `score_auto`: after the halves each measures as much as those over the rows do."""
-    n, tokens = len(items), float(np.mean([item.tokens for item in items]))
-    answers = float(np.mean([item.n_labelled for item in items]))
-    passes = [Pass(half, n // 2, tokens) for half in HALVES]
-    for name, rows in ((VALIDATION, n), *((kind, n) for kind in KINDS), (ROWS, size(dataset))):
-        passes += [Pass(name, rows, tokens), Pass(answers_of(name), rows, answers)]
-    what = f"{VALIDATION}, {len(KINDS)} kinds of corrupted copies of them, {ROWS}; of each the answers alone too"
-    return Plan(passes, probe=len(HALVES), what=what)
-
-
-def score_labels(
-    batcher: Batcher, head: core.Head, items: list[Item], dataset: Iterable[Mapping[str, Any]]
-) -> tuple[ForValueScores, str]:
-    """Log odds that the observed answers are right, and the data's hash.
-
-    Under several ranks each reads its share of the rows and fits for itself on the features of all.
-
-    Raises:
-        ValueError: answers that do not repeat, or that are all the same; no row on one of the sides.
-    """
-
-    def read(batch: Labelled) -> list[tuple[torch.Tensor, bytes, float, int, str | None]]:
-        log_p = batch.sum(core.log_likelihood_tokens(head, batch.hidden_TD, batch.labels_T))
-        features = torch.cat([batch.first_RD, batch.prompt_RD], 1).float().cpu()
-        answers = [answer_of(answer.numpy()) for answer in batch.labels_T.cpu().split(batch.lengths)]
-        finite = torch.isfinite(features).all(1).numpy() & np.isfinite(log_p)
-        why = [None if ok else f"non-finite score: {OVERFLOW}" for ok in finite]
-        for i, item in enumerate(batch.items):
-            if item.row is not None and item.row.labels[0] != IGNORED:
-                why[i] = "no prompt: method='label_model' judges an answer by its prompt"
-        return list(zip(features, answers, log_p.tolist(), batch.lengths, why, strict=True))
-
-    def readable(rows: Iterable[Any], side: str) -> tuple[dict[int, Any], list[str | None], str]:
-        found, reasons, rows_hash = batcher.map(rows, read, side)
-        for i, (*_, reason) in found.items():
-            reasons[i] = reason
-        kept = {i: found[i] for i in sorted(found) if reasons[i] is None}
-        if not kept:
-            raise ValueError(f"{side}: none of {len(reasons)} can be scored ({reasons[0] if reasons else 'no rows'}).")
-        return kept, reasons, rows_hash
-
-    known = list(readable(items, VALIDATION)[0].values())
-    if (repeated := _share([answer for _, answer, *_ in known])) < REPEATED:
-        raise ValueError(
-            f"method='label_model' is for answers that repeat, and {repeated:.0%} of the {len(known)} validation rows "
-            "share theirs with another: use method='auto'."
-        )
-    train, reasons, data_hash = readable(dataset, ROWS)
-    index, rows = list(train), list(train.values())
-    numbers = {answer: k for k, answer in enumerate(sorted({answer for _, answer, *_ in (*known, *rows)}))}
-    features = [torch.stack([x for x, *_ in side]) for side in (known, rows)]
-    answers = [np.array([numbers[answer] for _, answer, *_ in side]) for side in (known, rows)]
-    _warn_of_other_forms([answer for _, answer, *_ in known], [answer for _, answer, *_ in rows])
-    batcher.progress.now("fitting the label model")
-    fit = fit_labels(features[0], answers[0], features[1], answers[1])
-    report = [
-        f"evidence    on your {len(known)} validation rows a wrong answer put in on purpose is told from the right "
-        f"one with AUC {fit.flipped_auc:.2f} (cross-fitted; {len(numbers)} different answers)",
-        f"noise       estimated share of wrong answers {fit.noise_share:.2f}",
-    ]
-    if fit.flipped_auc < USEFUL_AUC:
-        report[0] += ": do not filter by this"
-        with aside():
-            logger.warning(report[0])
-    noise = {
-        "share": fit.noise_share,
-        "held_out": {"flipped": {"auc": fit.flipped_auc}},
-        "likelihood": list(fit.likelihood),
-        "answers": len(numbers),
-        "report": report,
-    }
-    _, _, log_likelihood, n_labelled, _ = zip(*rows, strict=True)
-    scores = ForValueScores.of_scored(reasons, index, fit.log_odds, log_likelihood, n_labelled, {"noise": noise})
-    return scores, data_hash
-
-
-def _warn_of_other_forms(known: Sequence[bytes], answers: Sequence[bytes]) -> None:
-    """Says so where training rows have hardly an answer of the validation rows, token for token."""
-    among = set(known)
-    agree = sum(answer in among for answer in answers)
-    if agree >= AGREEING * len(answers):
-        return
-    text = (
-        "%d of %d training rows have an answer that a validation row has, token for token: the answers of both sides "
-        "seem to be tokenised in different forms, and right ones are then taken for wrong ones. Prepare both alike%s."
-    )
-    ends = [Counter(answer[-8:] for answer in side).most_common(1)[0] for side in (known, answers)]
-    one_sided = ends[0][0] != ends[1][0] and any(
-        n > 0.9 * len(side) for (_, n), side in zip(ends, (known, answers), strict=True)
-    )
-    hint = " (on one side nearly all answers end with the same token, as with EOS, and on the other they do not)"
-    logger.warning(text, agree, len(answers), hint if one_sided else "")
-
-
-def score_auto(
-    batcher: Batcher,
-    head: core.Head,
-    items: list[Item],
-    dataset: Iterable[Mapping[str, Any]],
-    *,
-    starts: np.ndarray | None,
-    bos: int,
-    max_length: int | None,
-    ridge: float,
-    seed: int = 0,
-) -> tuple[ForValueScores, str]:
-    """Scores of a data set, and its hash; `metadata["noise"]` holds the evidence and the estimated shares.
-
-    Args:
-        items: clean held-out rows.
-        starts: which tokens begin a word.
-        bos: token that an answer read alone starts with.
-        max_length: corrupted copies are cut to so many tokens, as the rows are.
-        ridge: of the whitened direction.
-
-    Raises:
-        ValueError: too few held-out rows, or rows that a collator makes batches of (nothing can change their answers).
-    """
-    held_out = [item.row for item in items if item.row is not None]
-    if len(held_out) < len(items):
+def _judged_by_tokens(validation: Sequence[Sample]) -> Sequence[Sample]:
+    """The rows, if something can corrupt them and there are enough."""
+    if any(segment.tokens is None for sample in validation for segment in sample.segments):
         raise ValueError(
             "method='auto' needs rows of token ids, or answers that repeat: nothing can corrupt answers in "
             "rows that a collator makes batches of."
         )
-    if len(held_out) < MIN_ROWS:
+    if len(validation) < MIN_ROWS:
         raise ValueError(
-            f"method='auto' learns from the held-out rows and has {len(held_out)}: give at least {MIN_ROWS} "
-            "(a few hundred are better), or choose a direction."
+            f"method='auto' learns from the validation rows and has {len(validation)}: give at least {MIN_ROWS} "
+            "(a few hundred are better), or choose another method."
         )
-    rng = np.random.default_rng(seed)
-    places = [np.arange(h, len(held_out), 2) for h in (0, 1)]
-    halves = []
-    for half, name in zip(places, HALVES, strict=True):
-        batches = batcher.labelled([items[i] for i in half], name, all_ranks=True)
-        halves.append(Half.of(head, concatenate(batches), ridge))
-    evidence = Evidence(batcher, head, held_out, halves, bos)
-    clean = evidence.project(evidence.measure(held_out, VALIDATION)[0])
-    copies = {}
-    for kind in KINDS:
-        changed: list[Row | None] = [None] * len(held_out)
-        for half in places:  # an answer comes from the same half, or the other half would know it
-            rows = corrupted([held_out[i] for i in half], kind, rng, starts, max_length)
-            for i, row in zip(half, rows, strict=True):
-                changed[i] = row
-        kept = np.array([i for i, row in enumerate(changed) if row is not None])
-        if len(kept) < MIN_ROWS // 2:
-            with aside():
-                logger.warning("too few held-out rows can be %s: this kind of noise is not looked for", kind)
-            continue
-        measured, _, _ = evidence.measure([row for row in changed if row is not None], kind)
-        copies[kind] = (measured, kept[measured.index])
-    train, reasons, data_hash = evidence.measure(dataset, ROWS)
-    batcher.progress.now("weighing the evidence")
-    return _scores(clean, copies, train, reasons, rng), data_hash
+    return validation
 
 
-def _scores(
-    clean: Measured,
-    copies: dict[str, tuple[Measured, np.ndarray]],
-    train: Measured,
-    reasons: Sequence[str | None],
-    rng: np.random.Generator,
-) -> ForValueScores:
-    """What was measured to scores. `copies` come with the held-out rows that they are copies of."""
-    train_fold, fold = rng.integers(FOLDS, size=len(train.index)), clean.index % FOLDS
-    match = Match(
-        torch.cat([clean.prompt_ND, train.prompt_ND]),
-        torch.cat([clean.answer_ND, train.answer_ND]),
-        np.concatenate([fold, train_fold]),
-    )
-
-    def features(measured: Measured, row: np.ndarray) -> np.ndarray:
-        """Of held-out rows and their copies: judged by the half that they are not in."""
-        matches = match(measured.prompt_ND, measured.answer_ND, row % FOLDS)
-        return measured.features(1 - row % 2, matches)
-
-    parts = {"clean": features(clean, clean.index)}
-    parts |= {kind: features(measured, row) for kind, (measured, row) in copies.items()}
-    rows = np.concatenate([clean.index, *(row for _, row in copies.values())])
-    classes = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
-    classifier, out_of_fold = fit_classifier(np.concatenate(list(parts.values())), classes, rows)
-
-    even = np.full(len(parts), 1 / len(parts))
-    combined = log_odds(out_of_fold, even)
-    found: dict[str, dict[str, Any]] = {}
-    for k, kind in enumerate(copies, 1):
-        single = {
-            name: auc(parts["clean"][:, c], parts[kind][:, c]) for c, name in enumerate(CANDIDATES) if name != "length"
-        }
-        best = max(single, key=lambda name: single[name])
-        found[kind] = {
-            "auc": auc(combined[classes == 0], combined[classes == k]),
-            "best": best,
-            "best_auc": single[best],
-            "loss_auc": single["mean log-likelihood"],
-        }
-    matches = match(train.prompt_ND, train.answer_ND, train_fold)
-    log_p = np.mean([classifier.log_p(train.features(half, matches)) for half in (0, 1)], 0)
-    useful = [0, *(k for k, kind in enumerate(found, 1) if found[kind]["auc"] >= USEFUL_AUC)]
-    share = np.zeros(len(parts))
-    share[useful] = shares(log_p[:, useful], len(clean.index))
-
-    report = _report(found, share, len(clean.index))
-    noise = {
-        "share": float(1 - share[0]),
-        "shares": dict(zip(found, share[1:].tolist(), strict=True)),
-        "held_out": found,
-        "report": report,
-    }
-    for line in report:
-        if "do not filter" in line:
-            with aside():
-                logger.warning(line)
-    return ForValueScores.of_scored(
-        list(reasons), train.index, log_odds(log_p, share), train.log_likelihood, train.n_labelled, {"noise": noise}
-    )
+def _tokens(sample: Sample) -> np.ndarray:
+    (segment,) = sample.segments
+    assert segment.tokens is not None
+    return segment.tokens
 
 
-def _report(found: dict[str, dict[str, Any]], share: np.ndarray, n_rows: int) -> list[str]:
-    """Lines for the summary."""
-    lines = [f"evidence    on your {n_rows} held-out rows against copies corrupted on purpose (AUC, cross-fitted):"]
-    for kind, facts in found.items():
-        lines.append(
-            f"            {kind:15s} {facts['auc']:.2f}  (best single score: {facts['best']} {facts['best_auc']:.2f}; "
-            f"mean log-likelihood {facts['loss_auc']:.2f})"
-        )
-    hidden = [kind for kind, facts in found.items() if facts["auc"] < USEFUL_AUC]
-    if hidden:
-        lines.append(
-            f"            on your held-out rows no score finds {' or '.join(hidden)}: do not filter by this against it"
-        )
-    kinds = ", ".join(f"{kind} {s:.2f}" for kind, s in zip(found, share[1:], strict=True) if s > 0)
-    lines.append(f"noise       estimated share of noisy rows {1 - share[0]:.2f}" + (f" ({kinds})" if kinds else ""))
-    return lines
+def _copies(
+    run: Run, validation: Sequence[Sample], places: Sequence[np.ndarray], kind: str, rng: np.random.Generator
+) -> list[Sample | None]:
+    """A corrupted copy of each row, None where it cannot be changed that way."""
+    prepare = run.reader.prepare
+    starts = word_starts(prepare.processing_class, run.backbone.head().vocab_size)
+    out: list[Sample | None] = [None] * len(validation)
+    for half in places:  # an answer comes from the same half, or the other half would know it
+        rows = [row_of(validation[i].segments[0]) for i in half]
+        for i, row in zip(half, corrupted(rows, kind, rng, starts, prepare.config.max_length), strict=True):
+            out[i] = None if row is None else sample_of(int(i), row)
+    return out
+
+
+def _means(measured: Columns) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(measured["prompt"]).double(), torch.from_numpy(measured["answer"]).double()
+
+
+def _match(clean: Columns, found: Found, train_fold: np.ndarray) -> Match:
+    """The match, learned from clean and training rows."""
+    some = np.arange(found.n)
+    if found.n > MAX_ROWS:
+        some = np.sort(np.random.default_rng(0).permutation(found.n)[:MAX_ROWS])
+    sides = _means(clean), _means(found.take(some, ["prompt", "answer"]))
+    prompts, answers = (torch.cat(side) for side in zip(*sides, strict=True))
+    return Match(prompts, answers, np.concatenate([clean["row"] % FOLDS, train_fold[some]]))
+
+
+def _evidence(clean: np.ndarray, noisy: np.ndarray, clean_odds: np.ndarray, noisy_odds: np.ndarray) -> Evidence:
+    """How well one kind of copies is told from the clean rows, by the log odds and by the measures, (rows, F) each."""
+    single = {name: auc(clean[:, c], noisy[:, c]) for c, name in enumerate(CANDIDATES) if name != "length"}
+    best = max(single, key=lambda name: single[name])
+    return Evidence(auc(clean_odds, noisy_odds), best, single[best], single["mean log-likelihood"])
+
+
+def _of_training_rows(classifier: Classifier, found: Found, match: Match, train_fold: np.ndarray) -> np.ndarray:
+    """log p of the classes of the training rows, (found.n, K + 1), the mean over both halves."""
+    parts, start = [], 0
+    for columns in found.windows():
+        fold = train_fold[start : start + len(columns["length"])]
+        matches = match(*_means(columns), fold)
+        parts.append(np.mean([classifier.log_p(features(columns, half, matches)) for half in (0, 1)], 0))
+        start += len(fold)
+    return np.concatenate(parts)

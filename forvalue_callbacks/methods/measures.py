@@ -1,16 +1,15 @@
-"""What forward passes say about a row: the numbers that `method="auto"` chooses from.
+"""What forward passes say about a row: the numbers that `auto` chooses from.
 
-Two passes per row: over the whole row, and over its answer alone (its labelled tokens behind BOS). What rests on
-held-out rows (the For-Value directions, a fitted head) is measured once for each half of them, so that a held-out row
-is never judged by itself.
+Two parts per row: the whole row, and its answer alone (its labelled tokens behind BOS). What rests on validation rows
+(the For-Value directions, a fitted head) is measured once for each half of them, so that a validation row is never
+judged by itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,10 +17,11 @@ from torch import Tensor
 
 from .. import core
 from ..core.fit import fit_head
-from ..data.sft import IGNORED, Row
-from ..model.run import Batcher, Labelled
+from ..data.sample import Segment
+from ..model.positions import Columns, Positions
+from .base import reasons_unless
 
-# Numbers of a row that rest on nothing else, and those that rest on one half of the held-out rows.
+# Numbers of a row that rest on nothing else, and those that rest on one half of the validation rows.
 ROW_CANDIDATES = ("mean log-likelihood", "mutual information", "temperature score", "last token", "length", "overlap")
 HALF_CANDIDATES = (
     "gradient",
@@ -37,7 +37,6 @@ HALF_CANDIDATES = (
 )
 CANDIDATES = (*ROW_CANDIDATES, "match", *HALF_CANDIDATES)
 N_GRAMS = (1, 2, 3)
-OVERFLOW = "hidden states or logits overflow; try forward_dtype='bfloat16' or float32 weights"
 # The match is of so many leading directions of prompts and answers.
 MATCH_DIMENSIONS = 256
 MATCH_RIDGE = 0.1
@@ -46,7 +45,7 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Half:
-    """What one half of the held-out rows says about the head (symbols of `core.py`)."""
+    """What one half of the validation rows says about the head (symbols of `core`)."""
 
     gradient_VD: Tensor
     whitened_VD: Tensor
@@ -54,195 +53,134 @@ class Half:
     move_VD: Tensor
 
     @classmethod
-    def of(cls, head: core.Head, positions: Labelled, ridge: float) -> Half:
-        """From the labelled positions of clean held-out rows."""
+    def of(cls, head: core.Head, positions: Positions, ridge: float) -> Half:
+        """From the labelled positions of clean rows."""
         hidden = positions.hidden_TD
         gradient = torch.zeros(head.weight.shape, dtype=core.working_dtype(head.weight), device=hidden.device)
-        core.add_gradient(gradient, head, hidden, positions.labels_T)
+        core.add_gradient(gradient, head, hidden, positions.target_T)
         gradient /= len(positions.lengths)
         metric = core.inverse_with_ridge(hidden.double().T @ hidden.double() / len(hidden), ridge).to(gradient)
-        move = fit_head(head, hidden, positions.labels_T, positions.rows_T).move_VD
+        move = fit_head(head, hidden, positions.target_T, positions.rows_T).move_VD
         return cls(gradient, gradient @ metric, metric, move)
 
 
-@dataclass
-class Measured:
-    """What was measured on N rows, in row order.
+@dataclass(frozen=True)
+class Reference:
+    """What rows are measured against.
 
     Args:
-        row_NF: (N, len(ROW_CANDIDATES)).
-        half_NHF: (N, 2, len(HALF_CANDIDATES)).
-        prompt_ND, answer_ND: mean hidden state of the prompt, and of the answer read alone.
-        log_likelihood: (N,), sums over the labelled tokens.
-        n_labelled: (N,).
-        index: (N,), places of the rows among all rows of the data set.
+        halves: what each half of the validation rows says.
+        documents, frequency: how many validation rows there are, and in how many of them each n-gram occurs.
+        bases: the directions that are kept of mean states of prompts and of answers, (D, `MATCH_DIMENSIONS`) each.
     """
 
-    row_NF: np.ndarray
-    half_NHF: np.ndarray
-    prompt_ND: Tensor
-    answer_ND: Tensor
-    log_likelihood: np.ndarray
-    n_labelled: np.ndarray
-    index: np.ndarray
+    halves: Sequence[Half]
+    documents: int
+    frequency: Counter[tuple[int, ...]] = field(repr=False)
+    bases: tuple[Tensor, Tensor] | None = None
 
-    def features(self, half: int | np.ndarray, match: np.ndarray) -> np.ndarray:
-        """(N, len(CANDIDATES)), by one half of the held-out rows, or by a half (0 or 1) for each row."""
-        by_half = self.half_NHF[np.arange(len(self.index)), half]
-        return np.hstack([self.row_NF, match[:, None], by_half])
-
-
-class Evidence:
-    """Measures rows.
-
-    Args:
-        batcher: runs the model.
-        head: the model's output head.
-        held_out: clean rows, which the halves and the frequencies of n-grams come from.
-        halves: what each half of them says.
-        bos: token that an answer read alone starts with.
-    """
-
-    def __init__(self, batcher: Batcher, head: core.Head, held_out: Sequence[Row], halves: Sequence[Half], bos: int):
-        self.batcher, self.head, self.halves, self.bos = batcher, head, halves, bos
-        self.bases: tuple[Tensor, Tensor] | None = None
-        self.documents = len(held_out)
-        self.frequency: Counter[tuple[int, ...]] = Counter()
-        for row in held_out:
-            self.frequency.update(n_grams(row.input_ids))
-
-    def measure(
-        self, rows: Iterable[Mapping[str, Any] | Row], description: str
-    ) -> tuple[Measured, list[str | None], str]:
-        """Both passes over rows in any form that the batcher takes.
-
-        Returns:
-            What was measured on the rows that can be scored, the reasons of those that cannot, the data's hash.
-        """
-        first, reasons, data_hash = self.batcher.map(rows, self._whole_rows, description)
-        index = sorted(first)
-        second, _, _ = self.batcher.map([first[i].alone for i in index], self._answers_alone, answers_of(description))
-        for i in index:
-            if not first[i].finite:
-                reasons[i] = f"non-finite score: {OVERFLOW}"
-        pairs = [(i, first[i], second[n]) for n, i in enumerate(index) if first[i].finite and n in second]
-        if not pairs:
-            raise ValueError(f"none of {len(reasons)} rows can be scored: {reasons[0] if reasons else 'none given'}.")
-        index, parts, answers = map(list, zip(*pairs, strict=True))
-        row_NF = np.array([part.row for part in parts])
-        half_NHF = np.array([part.half for part in parts])
-        # Mutual information per token: log p(answer given prompt) - log p(answer), by the model's head and the fitted.
-        row_NF[:, 1] -= [answer.log_p for answer in answers]
-        half_NHF[:, :, -1] -= np.array([answer.fitted for answer in answers])
-        measured = Measured(
-            row_NF,
-            half_NHF,
-            torch.stack([part.prompt_D for part in parts]).double(),
-            torch.stack([answer.answer_D for answer in answers]).double(),
-            np.array([part.log_p for part in parts]),
-            np.array([part.n_labelled for part in parts]),
-            np.array(index, dtype=np.int64),
-        )
-        return measured, reasons, data_hash
-
-    def _whole_rows(self, batch: Labelled) -> list[_WholeRow]:
-        head, n = self.head, np.array(batch.lengths)
-        # Along W itself the score is that of a colder softmax: log p + entropy, where logits are W h.
-        temperature_T, log_p_T = core.score_tokens(head, head.weight, batch.hidden_TD, batch.labels_T)
-        log_p = batch.sum(log_p_T)
-        half = np.stack([self._by_half(half, batch, log_p) for half in self.halves], 1)
-        ends = np.cumsum(n) - 1
-        last = log_p_T.double().cpu().numpy()[ends]
-        temperature = batch.sum(temperature_T) / n
-        prompts = self._projected(batch.prompt_RD, 0)
-        out = []
-        for i, item in enumerate(batch.items):
-            assert item.row is not None
-            answer = item.row.labels[1:][item.row.labels[1:] != IGNORED]
-            alone = replace(item.row, input_ids=np.append(self.bos, answer), labels=np.append(IGNORED, answer))
-            overlap = self._overlap(item.row)
-            row = np.array([log_p[i] / n[i], log_p[i] / n[i], temperature[i], last[i], np.log(n[i]), overlap])
-            out.append(_WholeRow(row, half[i], prompts[i], float(log_p[i]), int(n[i]), alone))
-        return out
-
-    def _by_half(self, half: Half, batch: Labelled, log_p: np.ndarray) -> np.ndarray:
-        head, hidden, labels, n = self.head, batch.hidden_TD, batch.labels_T, np.array(batch.lengths)
-        columns = []
-        for direction, metric_TD in (
-            (half.gradient_VD, None),
-            (half.whitened_VD, hidden.to(half.metric_DD) @ half.metric_DD),
-        ):
-            score = batch.sum(core.score_tokens(head, direction, hidden, labels)[0])
-            square = core.squared_norms(head, hidden, labels, batch.lengths, metric_TD=metric_TD).cpu().numpy()
-            columns += [score, score / n, score / np.sqrt(np.maximum(square, 1e-30))]
-        gain = batch.sum(core.gain_tokens(head, half.move_VD, hidden, labels)[0])
-        after = (gain + log_p) / n
-        return np.stack([*columns, gain, gain / n, after, after], 1)
-
-    def _answers_alone(self, batch: Labelled) -> list[_Answer]:
-        n = np.array(batch.lengths)
-        fitted = []
-        for half in self.halves:
-            gain_T, log_p_T = core.gain_tokens(self.head, half.move_VD, batch.hidden_TD, batch.labels_T)
-            log_p = batch.sum(log_p_T) / n
-            fitted.append(batch.sum(gain_T) / n + log_p)
-        means = torch.zeros(len(n), batch.hidden_TD.shape[1], device=batch.hidden_TD.device)
-        means.index_add_(0, batch.rows_T, batch.hidden_TD.float())
-        means = self._projected(means / torch.as_tensor(n, device=means.device)[:, None], 1)
-        by_half = np.stack(fitted, 1)
-        return [_Answer(float(log_p[i]), by_half[i], means[i]) for i in range(len(n))]
-
-    def project(self, held_out: Measured) -> Measured:
-        """From now on keep `MATCH_DIMENSIONS` directions of prompts and answers, the leading ones of held-out rows.
-
-        Returns the held-out rows so projected. Of no effect on hidden states with fewer dimensions.
-        """
-        if held_out.prompt_ND.shape[1] <= MATCH_DIMENSIONS:
-            return held_out
-        sides = (held_out.prompt_ND, held_out.answer_ND)
-        prompts, answers = (
-            torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:MATCH_DIMENSIONS].T for x in sides
-        )
-        self.bases = (prompts, answers)
-        return replace(held_out, prompt_ND=held_out.prompt_ND @ prompts, answer_ND=held_out.answer_ND @ answers)
-
-    def _projected(self, means_RD: Tensor, side: int) -> Tensor:
-        means_RD = means_RD.float().cpu()
-        return means_RD if self.bases is None else means_RD @ self.bases[side].float()
-
-    def _overlap(self, row: Row) -> float:
+    def overlap(self, segment: Segment) -> float:
         """Share of the answer's n-grams that its prompt holds, rare ones counting more (inverse frequency)."""
-        labelled = row.labels != IGNORED
-        start = int(labelled.argmax())
-        prompt, answer = set(n_grams(row.input_ids[:start])), set(n_grams(row.input_ids[start:][labelled[start:]]))
+        assert segment.tokens is not None
+        prompt = set(n_grams(segment.tokens[: segment.n_prompt]))
+        answer = set(n_grams(learnt(segment)))
         weight = {g: np.log((self.documents + 1) / (self.frequency[g] + 0.5)) for g in answer}
         return float(sum(weight[g] for g in answer & prompt) / max(sum(weight.values()), 1e-9))
 
-
-@dataclass(frozen=True)
-class _WholeRow:
-    row: np.ndarray
-    half: np.ndarray
-    prompt_D: Tensor
-    log_p: float
-    n_labelled: int
-    alone: Row
-
-    @property
-    def finite(self) -> bool:
-        return bool(np.isfinite(self.row).all() and np.isfinite(self.half).all())
+    def projected(self, means_RD: Tensor, side: int) -> np.ndarray:
+        """Mean states along the directions that are kept, float32."""
+        means_RD = means_RD.float().cpu()
+        return (means_RD if self.bases is None else means_RD @ self.bases[side].float()).numpy()
 
 
-@dataclass(frozen=True)
-class _Answer:
-    log_p: float
-    fitted: np.ndarray
-    answer_D: Tensor
+def whole_rows(reference: Reference, head: core.Head, positions: Positions) -> Columns:
+    """Measures of whole rows."""
+    assert positions.prompt_RD is not None
+    n = np.array(positions.lengths)
+    # Along W itself the score is that of a colder softmax: log p + entropy, where logits are W h.
+    temperature_T, log_p_T = core.score_tokens(head, head.weight, positions.hidden_TD, positions.target_T)
+    log_p = positions.sum(log_p_T)
+    columns = {
+        "mean log-likelihood": log_p / n,
+        "temperature score": positions.sum(temperature_T) / n,
+        "last token": log_p_T.double().cpu().numpy()[np.cumsum(n) - 1],
+        "length": np.log(n),
+        "overlap": np.array([reference.overlap(segment) for segment in positions.segments]),
+    }
+    halves = [_by_half(half, head, positions, log_p) for half in reference.halves]
+    columns |= {name: np.stack([half[name] for half in halves], 1) for name in halves[0]}
+    finite = np.isfinite(np.column_stack(list(columns.values()))).all(1)
+    return {
+        **columns,
+        "prompt": reference.projected(positions.prompt_RD, 0),
+        "log_likelihood": log_p,
+        "n_labelled": n.astype(np.int64),
+        "reason": reasons_unless(finite),
+    }
 
 
-def answers_of(description: str) -> str:
-    """Name of the pass over the answers alone of the rows of another."""
-    return f"{description}, answers alone"
+def _by_half(half: Half, head: core.Head, positions: Positions, log_p: np.ndarray) -> dict[str, np.ndarray]:
+    hidden, target, n = positions.hidden_TD, positions.target_T, np.array(positions.lengths)
+    whitened_TD = hidden.to(half.metric_DD) @ half.metric_DD
+    columns = {}
+    for name, direction, metric_TD in (
+        ("gradient", half.gradient_VD, None),
+        ("whitened", half.whitened_VD, whitened_TD),
+    ):
+        score = positions.sum(core.score_tokens(head, direction, hidden, target)[0])
+        square = core.squared_norms(head, hidden, target, positions.lengths, metric_TD=metric_TD).cpu().numpy()
+        columns[name] = score
+        columns[f"{name}, length"] = score / n
+        columns[f"{name}, cosine"] = score / np.sqrt(np.maximum(square, 1e-30))
+    gain = positions.sum(core.gain_tokens(head, half.move_VD, hidden, target)[0])
+    return {**columns, "fitted": gain, "fitted, length": gain / n, "fitted_likelihood": (gain + log_p) / n}
+
+
+def answers_alone(reference: Reference, head: core.Head, positions: Positions) -> Columns:
+    """Measures of answers without their prompts."""
+    hidden, target, n = positions.hidden_TD, positions.target_T, np.array(positions.lengths)
+    fitted = []
+    for half in reference.halves:
+        gain_T, log_p_T = core.gain_tokens(head, half.move_VD, hidden, target)
+        log_p = positions.sum(log_p_T) / n
+        fitted.append(positions.sum(gain_T) / n + log_p)
+    means = torch.zeros(len(n), hidden.shape[1], device=hidden.device)
+    means.index_add_(0, positions.rows_T, hidden.float())
+    means = means / torch.as_tensor(n, device=means.device)[:, None]
+    columns = {"alone": log_p, "alone, fitted": np.stack(fitted, 1)}
+    finite = np.isfinite(np.column_stack(list(columns.values()))).all(1)
+    return {**columns, "answer": reference.projected(means, 1), "reason": reasons_unless(finite)}
+
+
+def features(columns: Columns, half: int | np.ndarray, match: np.ndarray) -> np.ndarray:
+    """(N, len(CANDIDATES)), by one half of the validation rows, or by a half (0 or 1) for each row.
+
+    Mutual information per token is log p(answer given prompt) - log p(answer), by the model's head and the fitted one.
+    """
+    rows = np.arange(len(match))
+    derived = {
+        "mutual information": columns["mean log-likelihood"] - columns["alone"],
+        "mutual information, fitted": columns["fitted_likelihood"] - columns["alone, fitted"],
+        "match": match,
+    }
+    values = {**columns, **derived}
+    return np.stack([v if (v := values[name]).ndim == 1 else v[rows, half] for name in CANDIDATES], 1)
+
+
+def leading(prompt_ND: Tensor, answer_ND: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The `MATCH_DIMENSIONS` leading directions of prompts and of answers, None where there are no more."""
+    if prompt_ND.shape[1] <= MATCH_DIMENSIONS:
+        return None
+    prompts, answers = (
+        torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:MATCH_DIMENSIONS].T for x in (prompt_ND, answer_ND)
+    )
+    return prompts, answers
+
+
+def learnt(segment: Segment) -> np.ndarray:
+    """The tokens of a segment that are learnt: what it predicts, and a first one that nothing does."""
+    assert segment.tokens is not None
+    return segment.target if segment.n_prompt else np.append(segment.tokens[:1], segment.target)
 
 
 def n_grams(tokens: np.ndarray) -> set[tuple[int, ...]]:
@@ -255,7 +193,7 @@ class Match:
     """How well an answer fits its prompt: `p^T C_p^(-1/2) K C_a^(-1/2) a`, cosine of `p K` and `a` so whitened.
 
     p and a are centred mean hidden states of prompt and answer, C their covariances, K the whitened cross-covariance
-    of pairs (canonical correlation analysis without its cut-off). K is learned from held-out and training pairs:
+    of pairs (canonical correlation analysis without its cut-off). K is learned from validation and training pairs:
     wrong pairs among them add noise and no bias. No row is scored by a K that has seen it.
 
     Args:

@@ -222,9 +222,12 @@ class Backbone:
 
     # ---- is the model what was described? ----
 
-    def check(self, batch: Mapping[str, Any]) -> None:
+    def check(self, batch: Mapping[str, Any], predicted_BL: Tensor | None = None) -> None:
         """Run the whole model on a batch, see where its head gets its input and what becomes of it, and rebuild its
         logits; refuse, by name, a model that is not understood or that reads later tokens.
+
+        Args:
+            predicted_BL: the token that each position predicts, -1 where it predicts none; None: the next one.
 
         Raises:
             ValueError: the logits differ by more than rounding explains, or are not finite; a later token changes
@@ -244,7 +247,7 @@ class Backbone:
                 )
             self._check_head(inputs, seen, real)
             hidden = self._check_body(inputs, seen, real)
-            self._check_causal(batch, inputs, seen.autocast, hidden, real)
+            self._check_causal(predicted_BL, inputs, seen.autocast, hidden, real)
 
     def _observe(self, inputs: dict[str, Any], gain: float = 1.0) -> _Seen:
         """The model's own forward pass; with a gain the input of the head is made so much larger."""
@@ -335,7 +338,7 @@ class Backbone:
 
     def _check_causal(
         self,
-        batch: Mapping[str, Any],
+        predicted_BL: Tensor | None,
         inputs: dict[str, Any],
         autocast: torch.dtype | None,
         hidden: Tensor,
@@ -346,7 +349,7 @@ class Backbone:
         if not isinstance(ids, Tensor) or ids.shape != real.shape or ids.shape[1] < 2:
             return
         ids, real = ids.cpu(), real.cpu()
-        labels = torch.as_tensor(batch["labels"]).cpu() if "labels" in batch else ids
+        labels = ids if predicted_BL is None else predicted_BL.cpu()
         held = self._place_holders  # the place of an image must stay one, and none may come
         texts = labels[(labels >= 0) & ~torch.isin(labels, held)].unique()
         place = torch.arange(ids.shape[1]).expand_as(ids)

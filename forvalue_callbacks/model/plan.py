@@ -1,12 +1,13 @@
-"""Beginnings that many rows have in common (a system prompt, examples, several answers to one prompt), and batches.
+"""Which rows run together, on every rank: pure, on token ids and lengths.
 
-A forward pass over the beginnings, one over what follows: the tokens that are shared go through the model once for
-each batch. All on token ids, no model.
+Beginnings that many rows have in common (a system prompt, examples, several answers to one prompt) are run once for
+each batch: a forward pass over the beginnings, one over what follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,11 @@ import numpy as np
 DEPTHS = 32
 # What a batch costs whatever it holds (the weights are read, kernels launched), as a share of the largest one.
 PASS_COST = 1 / 32
+# Rows are run after common beginnings where that leaves less than such a share of the padded tokens: it costs a second
+# pass, and a copy of the keys and values for each row.
+WORTH_SHARING = 0.8
+# Rows per batch where a data collator makes the inputs (images), whose token count nobody knows before.
+COLLATED_ROWS = 8
 
 
 def shared_prefixes(prompts: Sequence[np.ndarray]) -> np.ndarray:
@@ -96,3 +102,89 @@ def pack(
         batches.append(order[start[end] : end])
         end = start[end]
     return batches[::-1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one forward pass, or of one over their beginnings and one over what follows.
+
+    Args:
+        rows: their places.
+        shared: how many first tokens of each are run once for all rows of the batch that begin with them.
+    """
+
+    rows: tuple[int, ...]
+    shared: tuple[int, ...]
+
+    @property
+    def n_forwards(self) -> int:
+        return 2 if any(self.shared) else 1
+
+    def halves(self) -> list[Batch]:
+        """Two batches of half as many rows."""
+        n = len(self.rows) // 2
+        return [Batch(self.rows[:n], self.shared[:n]), Batch(self.rows[n:], self.shared[n:])]
+
+
+def plan(
+    lengths: Sequence[int | None], budget: int, n_ranks: int = 1, prompts: Sequence[np.ndarray] | None = None
+) -> list[list[Batch]]:
+    """Which rows run together, on every rank: (ranks, batches).
+
+    Every row is in one batch of one rank. Batches are alike in length, the longest first; where it leaves less than
+    `WORTH_SHARING` of the padded tokens, rows that begin alike share their beginnings.
+
+    Args:
+        lengths: tokens that the model reads in each row; None: nobody knows (a collator makes the inputs).
+        budget: padded tokens in one batch, or one row.
+        prompts: of each row the tokens that may be shared; None: nothing is.
+    """
+    known = [i for i, length in enumerate(lengths) if length is not None]
+    unknown = [i for i, length in enumerate(lengths) if length is None]
+    tokens = {i: length for i, length in enumerate(lengths) if length is not None}
+    batches = _cut(known, tokens, budget)
+    if prompts is not None:
+        worth_it = WORTH_SHARING * sum(padded(batch, tokens) for batch in batches)
+        sharing = _sharing(known, tokens, prompts, budget, worth_it)
+        if sharing and sum(padded(batch, tokens, prompts) for batch in sharing) < worth_it:
+            batches = sharing
+    for lo in range(0, len(unknown), COLLATED_ROWS):
+        rows = tuple(unknown[lo : lo + COLLATED_ROWS])
+        batches.append(Batch(rows, (0,) * len(rows)))
+    return [batches[rank::n_ranks] for rank in range(n_ranks)]
+
+
+def padded(batch: Batch, lengths: Mapping[int, int], prompts: Sequence[np.ndarray] | None = None) -> int:
+    """Tokens that a batch makes the model run over, padding included."""
+    prefixes = [
+        b"" if prompts is None else prompts[i][:n].tobytes() for i, n in zip(batch.rows, batch.shared, strict=True)
+    ]
+    rest = [lengths.get(i, 1) - n for i, n in zip(batch.rows, batch.shared, strict=True)]
+    return padded_tokens(prefixes, batch.shared, rest)
+
+
+def _cut(rows: Sequence[int], lengths: Mapping[int, int], budget: int) -> list[Batch]:
+    """Batches alike in length, without sharing."""
+    places = pack([b""] * len(rows), [0] * len(rows), [lengths[i] for i in rows], budget)
+    return [Batch(tuple(rows[k] for k in batch), (0,) * len(batch)) for batch in places]
+
+
+def _sharing(
+    rows: Sequence[int],
+    lengths: Mapping[int, int],
+    prompts: Sequence[np.ndarray],
+    budget: int,
+    max_total: float,
+) -> list[Batch]:
+    """Batches of rows that begin alike, then those of the others; none where all that is saved leaves more than
+    `max_total` tokens, without padding."""
+    n_shared = dict(zip(rows, shared_prefixes([prompts[i] for i in rows]).tolist(), strict=True))
+    sharing, alone = [i for i in rows if n_shared[i]], [i for i in rows if not n_shared[i]]
+    prefix = {i: prompts[i][: n_shared[i]].tobytes() for i in sharing}
+    beginnings = {prefix[i]: n_shared[i] for i in sharing}
+    if sum(lengths[i] - n_shared[i] for i in rows) + sum(beginnings.values()) >= max_total:
+        return []
+    numbers = [n_shared[i] for i in sharing]
+    packed = pack([prefix[i] for i in sharing], numbers, [lengths[i] - n_shared[i] for i in sharing], budget)
+    batches = [Batch(tuple(sharing[k] for k in batch), tuple(numbers[k] for k in batch)) for batch in packed]
+    return batches + _cut(alone, lengths, budget)

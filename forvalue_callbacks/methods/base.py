@@ -1,0 +1,207 @@
+"""What a method is: validation samples -> a state; positions -> numbers per sample.
+
+To add one: a class here beside the others, a line in `METHODS`, and a test that compares it with its formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from ..core import Head
+from ..data.sample import Sample, Segment
+from ..model.positions import Columns, Positions
+from ..model.run import Run, Window
+from ..progress import Pass, Plan
+from ..scores.noise import NoiseEstimate
+from ..scores.scores import ForValueScores
+from ..scores.writer import ScoreWriter
+
+NATS, LOG_ODDS = "nats", "log odds"
+OVERFLOW = "hidden states or logits overflow; try forward_dtype='bfloat16' or float32 weights"
+NOT_FINITE = f"non-finite score: {OVERFLOW}"
+# The passes that all methods have, by name.
+VALIDATION, ROWS = "validation rows", "rows to score"
+
+# Columns that every method gives, and that scores keep.
+KEPT = ("score", "log_likelihood", "n_labelled")
+
+State = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Columns of all rows of a data set that could be scored, a window at a time.
+
+    Args:
+        windows: gives them anew at each call.
+        n: how many rows there are.
+    """
+
+    windows: Callable[[], Iterator[Columns]]
+    n: int
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of all rows."""
+        return np.concatenate([columns[name] for columns in self.windows()])
+
+    def take(self, rows: np.ndarray, names: Sequence[str]) -> Columns:
+        """Some rows (ascending places among those found) of some columns."""
+        parts, start = [], 0
+        for columns in self.windows():
+            n = len(columns[names[0]])
+            here = rows[(rows >= start) & (rows < start + n)] - start
+            parts.append({name: columns[name][here] for name in names})
+            start += n
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def found_in(window: Window) -> Columns:
+    """Columns of the rows of a window that could be scored, and their places in the data set under "index"."""
+    good = np.array([reason is None for reason in window.reasons], dtype=bool)
+    index = window.start + np.flatnonzero(good)
+    return {"index": index, **{name: values[good] for name, values in window.columns.items()}}
+
+
+def measured(run: Run, method: Method, state: State, samples: Iterable[Any], name: str) -> Columns:
+    """Columns of the validation rows, or copies of them, that could be scored, in their order, and their places under
+    "index".
+
+    Raises:
+        ValueError: there are none.
+    """
+    windows = list(run.windows(samples, method, partial(method.score, state, run.backbone.head()), name))
+    parts = [found_in(window) for window in windows if not isinstance(window, int)]
+    if not sum(len(part["index"]) for part in parts):
+        reasons = [reason for window in windows if not isinstance(window, int) for reason in window.reasons]
+        raise ValueError(f"{name}: none of {len(reasons)} can be scored ({reasons[0] if reasons else 'no rows'}).")
+    parts = [part for part in parts if len(part["index"])]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class Method:
+    """A way to score rows. What it can do is said by class attributes; refusals, caches, help texts and policies
+    follow from them.
+
+    Args:
+        normalize: one of its `normalizations`.
+
+    Attributes:
+        name: in `ForValueConfig(method=...)`.
+        help: what the score is, in a sentence.
+        unit: of the scores: `NATS`, or `LOG_ODDS` that a row is clean.
+        tokenwise: tokens have scores of their own, which sum to the row's, along a move of the head.
+        pairwise: so have pairs of a row and a validation row, whose mean is the row's.
+        needs_all_rows: scores depend on all rows that are scored together (`finish`).
+        reads_prompt: the run gives the mean state of the prompt.
+        normalizations: of `ForValueConfig(normalize=...)`.
+        vocabularies: of `ForValueConfig(vocab=...)`.
+        parts: what is read of a row, by name; one forward pass each.
+        finishing: what `finish` does, in a few words.
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    unit: ClassVar[str] = NATS
+    tokenwise: ClassVar[bool] = False
+    pairwise: ClassVar[bool] = False
+    needs_all_rows: ClassVar[bool] = False
+    reads_prompt: ClassVar[bool] = False
+    normalizations: ClassVar[tuple[str, ...]] = ("none",)
+    vocabularies: ClassVar[tuple[str, ...]] = ("full",)
+    parts: ClassVar[tuple[str, ...]] = ("rows",)
+    finishing: ClassVar[str] = ""
+
+    def __init__(self, normalize: str = "none"):
+        self.normalize = normalize
+
+    def chosen(self, validation: Sequence[Sample]) -> Method:
+        """Itself, or the method that is right for such rows."""
+        return self
+
+    def segments(self, sample: Sample, part: int) -> Sequence[Segment]:
+        """What is run of a row for one of the `parts`."""
+        return sample.segments
+
+    def plan(self, validation: Sequence[Sample], n_rows: int | None, fitted: bool) -> Plan:
+        """The passes to come; those over the validation rows are not where the state is known (`fitted`)."""
+        tokens = mean_tokens(validation)
+        before = [] if fitted else [Pass(VALIDATION, len(validation), tokens)]
+        return Plan([*before, Pass(ROWS, n_rows, tokens)])
+
+    def fit(self, run: Run, validation: Sequence[Sample]) -> State:
+        """What the validation rows say. The same on every rank.
+
+        A mapping of tensors alone where rows are scored by themselves: it is kept for other processes then.
+        """
+        raise NotImplementedError
+
+    def score(self, state: State, head: Head, positions: Positions) -> Columns:
+        """Numbers of each segment: "log_likelihood", "n_labelled" and "score" (or what `finish` makes it of), and
+        under "reason" why a row has none."""
+        raise NotImplementedError
+
+    def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate]:
+        """Scores of all rows, (found.n,), and what is known of them, from the columns of `score`; where
+        `needs_all_rows`."""
+        raise NotImplementedError
+
+    def metric(self, state: State) -> Tensor | None:
+        """M of `<h, M h'>`, in which gradients are compared; None: the identity."""
+        return None
+
+    def tokens(self, state: State, head: Head, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Score and log-likelihood of each position, (T,) both; where `tokenwise`."""
+        raise NotImplementedError
+
+
+def token_columns(method: Method, state: State, head: Head, positions: Positions) -> Columns:
+    """Under "tokens" the scores of the positions of each segment, (segments,) of float64 (n,)."""
+    score_T, _ = method.tokens(state, head, positions)
+    tokens = np.empty(len(positions.lengths), dtype=object)
+    tokens[:] = [values.numpy() for values in score_T.double().cpu().split(positions.lengths)]
+    return {"tokens": tokens}
+
+
+def put_together(writer: ScoreWriter, method: Method, state: State) -> ForValueScores:
+    """The scores of all rows, from the windows that were written."""
+    digests: list[str] = []
+    reasons: list[str | None] = []
+    parts: list[Columns] = []
+    for part in writer.parts():
+        digests += part.digests
+        reasons += part.reasons
+        parts.append({name: part.columns[name] for name in KEPT if name in part.columns})
+    index = np.flatnonzero([reason is None for reason in reasons])
+    columns = {name: np.concatenate([part[name] for part in parts])[index] for name in (parts[0] if parts else {})}
+    metadata: dict[str, Any] = {}
+    if method.needs_all_rows:
+        found = Found(partial(_scored, writer), len(index))
+        columns["score"], noise = method.finish(state, found)
+        metadata["noise"] = noise.to_dict()
+    n_labelled, log_likelihood = columns["n_labelled"], columns["log_likelihood"]
+    scores = ForValueScores.of_scored(reasons, index, columns["score"], log_likelihood, n_labelled, metadata)
+    scores.row_digests = digests
+    return scores
+
+
+def _scored(writer: ScoreWriter) -> Iterator[Columns]:
+    """Columns of the rows with a score, a window at a time."""
+    for part in writer.parts():
+        good = np.array([reason is None for reason in part.reasons], dtype=bool)
+        yield {name: values[good] for name, values in part.columns.items()}
+
+
+def mean_tokens(samples: Sequence[Sample]) -> float:
+    """How many tokens the model reads in a row, on average."""
+    return float(np.mean([sample.n_read for sample in samples]))
+
+
+def reasons_unless(finite: np.ndarray) -> np.ndarray:
+    """The reason of each row whose numbers are not finite, (rows,) of text or None."""
+    return np.array([None if ok else NOT_FINITE for ok in finite], dtype=object)

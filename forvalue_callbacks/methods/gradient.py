@@ -1,0 +1,87 @@
+"""For-Value as published (arXiv 2508.10180), and the base of all methods that move the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import core
+from ..core import Head
+from ..data.sample import Sample
+from ..model.positions import Columns, Positions, joined
+from ..model.ranks import together, world
+from ..model.run import Run
+from .base import OVERFLOW, VALIDATION, Method, State, reasons_unless
+
+
+class HeadMethod(Method):
+    """Scores along a move of the head, `state["direction"]` (V, D): token by token, summed over the row."""
+
+    tokenwise = True
+    normalizations = ("none", "length")
+
+    def score(self, state: State, head: Head, positions: Positions) -> Columns:
+        score_T, log_p_T = self.tokens(state, head, positions)
+        values, log_p, lengths = positions.sum(score_T), positions.sum(log_p_T), np.array(positions.lengths)
+        if self.normalize == "length":
+            values = values / lengths
+        elif self.normalize == "cosine":
+            values = values / self._norms(state, head, positions)
+        finite = np.isfinite(values) & np.isfinite(log_p)
+        columns = {"score": values, "log_likelihood": log_p, "n_labelled": lengths.astype(np.int64)}
+        return {**columns, "reason": reasons_unless(finite)}
+
+    def _norms(self, state: State, head: Head, positions: Positions) -> np.ndarray:
+        """Norm of each row's own gradient."""
+        hidden, metric = positions.hidden_TD, self.metric(state)
+        metric_TD = None if metric is None else hidden.to(metric) @ metric
+        square = core.squared_norms(head, hidden, positions.target_T, positions.lengths, metric_TD=metric_TD)
+        return square.clamp(min=1e-30).sqrt().cpu().numpy()
+
+
+class Gradient(HeadMethod):
+    name = "gradient"
+    help = "along the mean gradient of the validation rows (For-Value as published, arXiv 2508.10180)"
+    pairwise = True
+    normalizations = ("none", "length", "cosine")
+    vocabularies = ("full", "seen")
+
+    def fit(self, run: Run, validation: Sequence[Sample]) -> State:
+        return {"direction": mean_gradient(run, validation, self)[0]}
+
+    def tokens(self, state: State, head: Head, positions: Positions) -> tuple[Tensor, Tensor]:
+        return core.score_tokens(head, state["direction"], positions.hidden_TD, positions.target_T)
+
+
+def mean_gradient(
+    run: Run, validation: Sequence[Sample], method: Method, moment: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Mean gradient of the rows' log-likelihood in the head, (V, D), and the second moment of the hidden states, (D, D)
+    float64, if asked for: both of the rows of all ranks.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    head = run.backbone.head()
+    dim, device = head.weight.shape[1], head.weight.device
+    total_VD = torch.zeros(head.weight.shape, dtype=core.working_dtype(head.weight), device=device)
+    moment_DD = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)  # rows, positions
+    with together("scoring the validation rows", run.sharded):
+        for batch in joined(run.positions(validation, method, VALIDATION), core.tile_for(device)):
+            core.add_gradient(total_VD, head, batch.hidden_TD, batch.target_T)
+            if moment:
+                hidden = batch.hidden_TD.double()
+                moment_DD.addmm_(hidden.T, hidden)
+            counts += torch.tensor([len(batch.samples), len(batch.target_T)], device=device)
+    if world()[1] > 1:
+        for tensor in (total_VD, moment_DD, counts):
+            torch.distributed.all_reduce(tensor)
+    n_rows, n_positions = counts.tolist()
+    total_VD /= n_rows
+    if not torch.isfinite(total_VD).all():
+        raise ValueError(f"the validation direction is not finite: {OVERFLOW}")
+    return total_VD, moment_DD / n_positions if moment else None

@@ -1,0 +1,78 @@
+"""Scores of pairs: every row against every validation row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import core
+from ..data.sample import Sample
+from ..model.positions import Columns, Positions, concatenate
+from ..model.ranks import of_first_rank, together, world
+from ..model.run import Run, Window
+from ..scores.writer import PairsFile
+from .base import Method, State
+
+# The passes by name.
+PAIRS_WITH, PAIRS = "validation rows, for pairs", "pairs"
+
+
+class Pairs:
+    """`<G(row), M G(v)>` of rows with all validation rows, whose hidden states are kept.
+
+    Args:
+        run: runs the model.
+        method, state: a method with pairs, and what it knows.
+        validation: rows that can be scored.
+        n_validation: how many there are with the others.
+    """
+
+    def __init__(self, run: Run, method: Method, state: State, validation: Sequence[Sample], n_validation: int):
+        self.run, self.method, self.n_validation = run, method, n_validation
+        with together("running the validation rows", run.sharded):
+            self.side = concatenate(run.positions(validation, method, PAIRS_WITH, all_ranks=True))
+        metric = method.metric(state)
+        self.metric_TD = None if metric is None else self.side.hidden_TD.to(metric) @ metric
+
+    def windows(self, dataset: Iterable[Any], skip: Any = None) -> Iterator[Window]:
+        """ "pairs" of the rows, (rows, n_validation) float64, NaN where a row of either side has no score."""
+        return self.run.windows(dataset, self.method, self._score, PAIRS, skip, core.PAIR_TILE)
+
+    def _score(self, positions: Positions) -> Columns:
+        side = self.side
+        values = core.score_pairs(
+            self.run.backbone.head(),
+            positions.hidden_TD,
+            positions.target_T,
+            positions.rows_T,
+            len(positions.lengths),
+            side.hidden_TD,
+            side.target_T,
+            side.rows_T,
+            len(side.lengths),
+            other_metric_TD=self.metric_TD,
+        )
+        out = np.full((len(positions.lengths), self.n_validation), np.nan)
+        out[:, side.index] = values.cpu().numpy()
+        return {"pairs": out}
+
+    def to_file(self, path: str | Path, dataset: Any, provenance: dict[str, str]) -> Tensor:
+        """Writes them to a `.npy` file, and gives what lies there."""
+        assert isinstance(dataset, Sized)
+        file = PairsFile(path, (len(dataset), self.n_validation), provenance) if world()[0] == 0 else None
+
+        def skip(start: int, digests: list[str]) -> bool:
+            return of_first_rank(file is not None and file.holds(start, digests))
+
+        for window in self.windows(dataset, skip):
+            if file is not None and isinstance(window, Window):
+                file.write(window.start, window.digests, window.columns["pairs"])
+        with together("writing the pairs"):
+            if file is not None:
+                file.finish()
+        return torch.from_numpy(np.load(path, mmap_mode="r+"))

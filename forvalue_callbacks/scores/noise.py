@@ -1,0 +1,54 @@
+"""What is estimated of the noise in a data set: numbers; `report/` makes the words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How well a kind of noise is told from clean rows, on the validation rows.
+
+    Args:
+        auc: of the scores, out of fold.
+        best: the single measure that tells it best, and its AUC.
+        loss_auc: that of the mean log-likelihood alone.
+    """
+
+    auc: float
+    best: str | None = None
+    best_auc: float | None = None
+    loss_auc: float | None = None
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """How much noise there seems to be, and what that rests on.
+
+    Args:
+        share: of the rows that could be scored.
+        shares: of each kind of noise among them.
+        evidence: on the validation rows, by kind.
+        n_validation: how many of them it rests on.
+        n_answers: how many different answers there are, where they repeat; None where the kinds are corrupted copies.
+        likelihood: mean log p of the validation rows' answers, out of fold: from them alone, and with training rows.
+    """
+
+    share: float
+    evidence: dict[str, Evidence]
+    n_validation: int
+    shares: dict[str, float] = field(default_factory=dict)
+    n_answers: int | None = None
+    likelihood: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> NoiseEstimate:
+        evidence = {kind: Evidence(**found) for kind, found in facts["evidence"].items()}
+        likelihood = facts.get("likelihood")
+        return cls(**{**facts, "evidence": evidence, "likelihood": None if likelihood is None else tuple(likelihood)})

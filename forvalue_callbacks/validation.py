@@ -1,0 +1,134 @@
+"""The validation side: samples, what they are made of, and what a method learns from them, each once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import ForValueConfig
+from .data.reading import kept
+from .data.sample import Sample
+from .data.sft import RowConfig
+from .methods import METHODS, Method
+from .methods.base import State
+from .model.backbone import left_as_found
+from .model.fingerprint import digest, hash_weights
+from .model.positions import collated, predicted
+from .model.ranks import of_all_ranks, refuse_other, together, world
+from .model.run import Run
+from .scores.cache import load_state, save_state
+from .scores.files import make_folder
+
+logger = logging.getLogger(__name__)
+
+# A row to check a model on should have so many tokens that it can be seen whether they change what came before them.
+ENOUGH_TOKENS = 16
+
+
+class ValidationSide:
+    """Validation rows, and the state that a method makes of them.
+
+    Args:
+        run: runs the model.
+        dataset: validation rows.
+        config, row_config: those of the scorer.
+    """
+
+    def __init__(self, run: Run, dataset: Iterable[Any], config: ForValueConfig, row_config: RowConfig):
+        self.run, self.dataset, self.config, self.row_config = run, kept(dataset), config, row_config
+        self.known: State | None = None
+        self.n_rows = 0
+        self._samples: list[Sample] | None = None
+        self._method: Method | None = None
+        self._provenance: dict[str, str] | None = None
+        self._checked = False
+
+    def samples(self) -> list[Sample]:
+        """The rows that can be scored.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self._samples is None:
+            with together("reading the validation rows"):
+                rows = list(self.run.reader.samples(self.dataset))
+                bad = [f"row {row.index}: {row.reason}" for row in rows if row.reason is not None]
+                if bad:
+                    logger.warning(
+                        "%d of %d validation rows cannot be scored (%s)", len(bad), len(rows), "; ".join(bad[:3])
+                    )
+                if len(bad) == len(rows):
+                    given = "; ".join(bad[:3]) or "none given"
+                    raise ValueError(f"no validation row can be scored ({len(rows)} rows; {given}).")
+            self._samples, self.n_rows = [row for row in rows if row.reason is None], len(rows)
+        return self._samples
+
+    @property
+    def method(self) -> Method:
+        """The one of the config, or what is right for these rows in its place."""
+        if self._method is None:
+            self._method = METHODS[self.config.method](self.config.normalize).chosen(self.samples())
+        return self._method
+
+    def provenance(self) -> dict[str, str]:
+        """Hashes of what determines a score apart from the row itself: weights, validation rows, config.
+
+        Raises:
+            ValueError: they are others on another rank.
+        """
+        if self._provenance is None:
+            config = {**asdict(self.config), **asdict(self.row_config)}
+            del config["max_tokens_per_batch"], config["direction_cache"]  # change no score
+            samples = self.samples()
+            with together("reading the weights", self.run.sharded):
+                weights = hash_weights(self.run.backbone.model)
+            self._provenance = {
+                "weights": weights,
+                "validation": digest("".join(sample.digest for sample in samples)),
+                "config": digest(repr(sorted(config.items()))),
+            }
+            for what, key in (("weights", "weights"), ("validation rows", "validation"), ("settings", "config")):
+                refuse_other(what, self._provenance[key])
+        return self._provenance
+
+    def check(self) -> None:
+        """Before anything is computed: finds out how the model is to be run, or refuses it."""
+        if self._checked:
+            return
+        with together("checking the model", self.run.sharded):
+            file = self._file()
+            if file is not None and world()[0] == 0 and not file.is_file():
+                make_folder(file.parent)
+            short = min(self.samples(), key=lambda sample: abs(sample.n_read - ENOUGH_TOKENS)).segments[0]
+            inputs = collated([short])
+            self.run.backbone.check(inputs, predicted(short, inputs))
+        self._checked = True
+
+    def state(self) -> State:
+        """What the method makes of the rows, computed once, or found in `config.direction_cache`."""
+        self.check()
+        if self.known is None:
+            file = self._file()
+            arrays = None if file is None else load_state(file)
+            device = self.run.backbone.head().weight.device
+            if all(of_all_ranks(arrays is not None)) and arrays is not None:
+                logger.info("the validation direction is that in %s", file)
+                self.known = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+            else:
+                with left_as_found(self.run.backbone.model):
+                    self.known = self.method.fit(self.run, self.samples())
+                if file is not None and world()[0] == 0:
+                    save_state(file, {name: tensor.cpu().numpy() for name, tensor in self.known.items()})
+        return self.known
+
+    def _file(self) -> Path | None:
+        if self.config.direction_cache is None or self.method.needs_all_rows:
+            return None
+        made_of = repr((version("forvalue-callbacks"), sorted(self.provenance().items())))
+        return Path(self.config.direction_cache) / f"direction-{digest(made_of)}.safetensors"
