@@ -12,6 +12,7 @@ from test_scorer import inverse_second_moment
 
 from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform, baselines
 from forvalue_callbacks.core.softmax import fit_softmax
+from forvalue_callbacks.core.stats import auc
 from forvalue_callbacks.data.corruption import KINDS, answer_span, corrupted, word_starts
 from forvalue_callbacks.data.sft import Row, RowPreparer
 from forvalue_callbacks.methods.auto import _scores
@@ -28,7 +29,6 @@ from forvalue_callbacks.methods.measures import (
     n_grams,
 )
 from forvalue_callbacks.model.run import Batcher, concatenate
-from forvalue_callbacks.scores.scores import auc
 
 EOS = 2
 
@@ -225,10 +225,6 @@ def test_rows_are_ranked_by_a_kind_that_was_not_found():
     p = np.linspace(0.1, 0.9, 100)
     odds = log_odds(np.log(np.stack([p, 1 - p], 1)), np.array([1.0, 0.0]))
     np.testing.assert_allclose(odds, np.log(p) - np.log((1 - p) * 0.5 / 100), rtol=1e-12)
-
-
-def test_auc_counts_ties_half():
-    assert auc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
 
 
 def test_the_softmax_is_fitted_to_its_optimum():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .head import Head, working_dtype
+from .stats import power_of_moment
 from .stream import TOKEN_TILE, VOCAB_BLOCK, OnlineSoftmax, blocks
 
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
@@ -156,6 +157,5 @@ def _rest_log_normalizer(head: Head, seen_S: Tensor, hidden_TD: Tensor) -> Tenso
 def _inverse_fourth_root(hidden_TD: Tensor) -> Tensor:
     """C^(-1/4) for the second moment C of the hidden states, scaled so that z has unit mean square, (D, D)."""
     hidden = hidden_TD.double()
-    values, vectors = torch.linalg.eigh(hidden.T @ hidden / len(hidden))
-    root = (vectors * (values.clamp(min=0) + FLOOR * values.mean()) ** -0.25) @ vectors.T
+    root = power_of_moment(hidden.T @ hidden / len(hidden), -0.25, ridge=FLOOR)
     return (root / (hidden @ root).square().mean().sqrt()).to(hidden_TD.dtype)

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from .. import core
+from ..core.stats import auc
 from ..data.corruption import KINDS, corrupted
 from ..data.sft import IGNORED, Row
 from ..model.run import Batcher, Item, Labelled, answer_of, concatenate
 from ..progress import Pass, Plan, aside, size
-from ..scores.scores import ForValueScores, auc
+from ..scores.scores import ForValueScores
 from .calibration import USEFUL_AUC, fit_classifier, log_odds, shares
 from .label_model import fit_labels
 from .measures import CANDIDATES, FOLDS, OVERFLOW, Evidence, Half, Match, Measured, answers_of
