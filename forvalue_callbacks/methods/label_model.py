@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.softmax import fit_softmax, logits
+from ..core.fit import fit_softmax, logits
 from ..core.stats import auc
 
 FOLDS = 5
