@@ -11,7 +11,7 @@ from oracles import relative, row_gradient
 from test_scorer import inverse_second_moment
 
 from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform, baselines
-from forvalue_callbacks.core.softmax import fit_softmax
+from forvalue_callbacks.core.stats import auc
 from forvalue_callbacks.data.corruption import KINDS, answer_span, corrupted, word_starts
 from forvalue_callbacks.data.sft import Row, RowPreparer
 from forvalue_callbacks.methods.auto import _scores
@@ -28,7 +28,6 @@ from forvalue_callbacks.methods.measures import (
     n_grams,
 )
 from forvalue_callbacks.model.run import Batcher, concatenate
-from forvalue_callbacks.scores.scores import auc
 
 EOS = 2
 
@@ -225,20 +224,6 @@ def test_rows_are_ranked_by_a_kind_that_was_not_found():
     p = np.linspace(0.1, 0.9, 100)
     odds = log_odds(np.log(np.stack([p, 1 - p], 1)), np.array([1.0, 0.0]))
     np.testing.assert_allclose(odds, np.log(p) - np.log((1 - p) * 0.5 / 100), rtol=1e-12)
-
-
-def test_auc_counts_ties_half():
-    assert auc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
-
-
-def test_the_softmax_is_fitted_to_its_optimum():
-    torch.manual_seed(0)
-    x, targets = torch.randn(80, 4, dtype=torch.float64), torch.rand(80, 3, dtype=torch.float64)
-    fitted = fit_softmax(x, targets, ridge=2.0).requires_grad_(True)
-    log_p = (x @ fitted[:-1] + fitted[-1]).log_softmax(1)
-    objective = (targets * log_p).sum() - fitted[:-1].square().sum() - 0.5e-2 * fitted[-1].square().sum()
-    (gradient,) = torch.autograd.grad(objective, fitted)
-    assert float(gradient.abs().max()) < 1e-3
 
 
 def test_a_match_never_scores_a_pair_that_it_has_seen():

@@ -5,7 +5,7 @@ from conftest import build_model, build_rows
 from test_core import HEADS, D, V, make, naive_log_p, relative
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, core
-from forvalue_callbacks.core.fit import RIDGES, fit_head
+from forvalue_callbacks.core.fit import RIDGES, fit_head, fit_softmax
 
 # Rows that come three times: what is learned from one helps with another, so the fit does move the head.
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2) * 3
@@ -154,3 +154,13 @@ def test_what_has_no_meaning_for_a_finite_step_is_refused():
         ForValueConfig(method="fitted", normalize="cosine")
     with pytest.raises(ValueError, match="pairwise"):
         ForValueScorer(build_model(), VALIDATION, ForValueConfig(method="fitted")).pairwise(TRAIN)
+
+
+def test_the_softmax_is_fitted_to_its_optimum():
+    torch.manual_seed(0)
+    x, targets = torch.randn(80, 4, dtype=torch.float64), torch.rand(80, 3, dtype=torch.float64)
+    fitted = fit_softmax(x, targets, ridge=2.0).requires_grad_(True)
+    log_p = (x @ fitted[:-1] + fitted[-1]).log_softmax(1)
+    objective = (targets * log_p).sum() - fitted[:-1].square().sum() - 0.5e-2 * fitted[-1].square().sum()
+    (gradient,) = torch.autograd.grad(objective, fitted)
+    assert float(gradient.abs().max()) < 1e-3

@@ -16,8 +16,8 @@ from test_scorer import llava
 from transformers import Trainer, TrainingArguments
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, prefilter
+from forvalue_callbacks.core.stats import auc
 from forvalue_callbacks.methods.label_model import MAX_FEATURES, _half_whitened, fit_labels
-from forvalue_callbacks.scores.scores import auc
 
 CONFIG = ForValueConfig(method="label_model")
 

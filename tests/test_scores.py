@@ -7,9 +7,8 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from scipy.stats import spearmanr
 
-from forvalue_callbacks.scores.scores import PARTS, ForValueScores, grouped_reasons, spearman
+from forvalue_callbacks.scores.scores import PARTS, ForValueScores, grouped_reasons
 
 MADE_OF = {"weights": "w1", "validation": "v1", "data": "d1", "config": "c1"}
 
@@ -172,13 +171,6 @@ def test_a_file_that_is_no_table_is_refused_and_one_that_is_not_there_is_missing
             ForValueScores.load(tmp_path / f"{name}.parquet")
     with pytest.raises(FileNotFoundError):
         ForValueScores.load(tmp_path / "missing.parquet")
-
-
-def test_the_rank_correlation_agrees_with_scipy_where_there_are_ties():
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 9, 80).astype(float), rng.integers(0, 9, 80)
-    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
-    assert np.isnan(spearman(x, np.ones(80)))
 
 
 @pytest.mark.parametrize("with_weights", [False, True])

@@ -1,6 +1,7 @@
 """The equations, on plain tensors: imports torch (and numpy) and nothing else of the stack."""
 
 from .head import Head, factor, product, working_dtype
+from .stats import inverse_with_ridge
 from .stream import (
     PAIR_TILE,
     TOKEN_TILE,
@@ -9,7 +10,6 @@ from .stream import (
     errors,
     fold_kernel,
     gain_tokens,
-    inverse_with_ridge,
     log_likelihood_tokens,
     log_normalizer,
     score_pairs,

@@ -1,16 +1,20 @@
-"""A head fitted on the validation rows from their hidden states: the finite step that `whitened` takes the start of.
+"""The head fitted on the validation rows' positions, and softmax regression with soft targets: both by one L-BFGS.
 
-Imports torch and nothing else of the stack; notation of `core.py`, and S the tokens seen as labels in validation.
+The fitted head is the finite step that `whitened` takes the start of. Softmax regression serves the label model and
+the calibration: thousands of rows, hundreds of features. Shapes and symbols of `stream.py`, and S the tokens seen as
+labels in validation, F features, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .head import Head, working_dtype
+from .stats import power_of_moment
 from .stream import TOKEN_TILE, VOCAB_BLOCK, OnlineSoftmax, blocks
 
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
@@ -21,6 +25,7 @@ ITERATIONS, LAST_ITERATIONS = 8, 25
 MAX_POSITIONS, CROSS_VALIDATED_POSITIONS = 8192, 4096
 # Added to the eigenvalues of the second moment, as a share of their mean.
 FLOOR = 1e-2
+SOFTMAX_ITERATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -67,35 +72,26 @@ def fit_head(head: Head, hidden_TD: Tensor, labels_T: Tensor, rows_T: Tensor, se
     rest_T = _rest_log_normalizer(head, seen_S, hidden_TD)
     spread_DD = _inverse_fourth_root(hidden_TD)
     problem = _Problem(small, hidden_TD, hidden_TD @ spread_DD, target_T, rest_T)
-
-    rows = rows_T.unique()
-    folds = min(FOLDS, len(rows))
-    turn = torch.randperm(len(rows), generator=generator).to(rows.device)
-    n_held_out = max(folds, int(len(rows) * min(1.0, CROSS_VALIDATED_POSITIONS / len(labels_T))))
-    fold_of_row = torch.where(turn < n_held_out, turn % folds, -1)  # -1: only in the last fit
-    fold_T = fold_of_row[torch.searchsorted(rows, rows_T)]
-    everywhere, in_a_fold = torch.ones_like(fold_T, dtype=torch.bool), fold_T >= 0
-    zero = hidden_TD.new_zeros(len(seen_S), hidden_TD.shape[1])
-    curve = {torch.inf: problem.log_likelihood(zero, in_a_fold) / int(in_a_fold.sum())}
-    if folds > 1:
-        moves, previous = [zero] * folds, -torch.inf
-        for ridge in RIDGES:  # from stiff to loose, each started where the last one ended
-            moves = [
-                problem.fit(move, ridge, in_a_fold & (fold_T != fold), ITERATIONS) for fold, move in enumerate(moves)
-            ]
-            held_out = sum(problem.log_likelihood(move, fold_T == fold) for fold, move in enumerate(moves))
-            curve[ridge] = held_out / int(in_a_fold.sum())
-            if held_out < previous:
-                break
-            previous = held_out
+    fold_T, n_folds = _folds(rows_T, generator)
+    curve = problem.curve(fold_T, n_folds)
     best = max(curve, key=lambda ridge: curve[ridge])
     move_VD = torch.zeros_like(head.weight, dtype=dtype)
     if best != torch.inf:
-        move = zero
+        move, everywhere = problem.no_move, torch.ones_like(fold_T, dtype=torch.bool)
         for ridge in RIDGES[: RIDGES.index(best) + 1]:
             move = problem.fit(move, ridge, everywhere, LAST_ITERATIONS if ridge == best else ITERATIONS)
         move_VD[seen_S] = move @ spread_DD.T
     return Fit(move_VD, best, curve)
+
+
+def _folds(rows_T: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+    """The fold of each position, (T,), -1: only in the last fit; and how many folds there are."""
+    rows = rows_T.unique()
+    folds = min(FOLDS, len(rows))
+    turn = torch.randperm(len(rows), generator=generator).to(rows.device)
+    n_held_out = max(folds, int(len(rows) * min(1.0, CROSS_VALIDATED_POSITIONS / len(rows_T))))
+    fold_of_row = torch.where(turn < n_held_out, turn % folds, -1)
+    return fold_of_row[torch.searchsorted(rows, rows_T)], folds
 
 
 class _Problem:
@@ -103,6 +99,7 @@ class _Problem:
 
     def __init__(self, head: Head, hidden_TD: Tensor, z_TD: Tensor, target_T: Tensor, rest_T: Tensor):
         self.head, self.hidden_TD, self.z_TD, self.target_T, self.rest_T = head, hidden_TD, z_TD, target_T, rest_T
+        self.no_move = hidden_TD.new_zeros(head.vocab_size, hidden_TD.shape[1])
 
     def _log_p(self, move_SD: Tensor, at: Tensor) -> Tensor:
         linear = self.head.linear(self.hidden_TD[at], slice(None)) + self.z_TD[at] @ move_SD.T
@@ -117,25 +114,34 @@ class _Problem:
             return sum(float(self._log_p(move_SD, at).double().sum()) for at in places.split(TOKEN_TILE))
 
     def fit(self, start_SD: Tensor, ridge: float, where_T: Tensor, iterations: int) -> Tensor:
-        """L-BFGS from a start; the gradient is of this small problem only, never through the network."""
-        move = start_SD.clone().requires_grad_(True)
+        """The best M of one ridge; the gradient is of this small problem only, never through the network."""
         places = where_T.nonzero()[:, 0].split(TOKEN_TILE)
-        optimizer = torch.optim.LBFGS([move], max_iter=iterations, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
 
-        def closure() -> float:
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                loss = 0.5 * ridge * move.square().sum()
-                loss.backward()
-                total = loss.item()
-                for at in places:
-                    part = -self._log_p(move, at).sum()
-                    part.backward()
-                    total += part.item()
-            return total
+        def loss(move_SD: Tensor) -> Iterator[Tensor]:
+            yield 0.5 * ridge * move_SD.square().sum()
+            for at in places:
+                yield -self._log_p(move_SD, at).sum()
 
-        optimizer.step(closure)
-        return move.detach()
+        return _minimum(loss, start_SD, iterations, tolerance=1e-4)
+
+    def curve(self, fold_T: Tensor, n_folds: int) -> dict[float, float]:
+        """Held-out log-likelihood per position for each ridge tried, from stiff to loose, inf for no move."""
+        in_a_fold = fold_T >= 0
+        n = int(in_a_fold.sum())
+        curve = {torch.inf: self.log_likelihood(self.no_move, in_a_fold) / n}
+        if n_folds < 2:
+            return curve
+        moves, previous = [self.no_move] * n_folds, -torch.inf
+        for ridge in RIDGES:  # each started where the last one ended
+            moves = [
+                self.fit(move, ridge, in_a_fold & (fold_T != fold), ITERATIONS) for fold, move in enumerate(moves)
+            ]
+            held_out = sum(self.log_likelihood(move, fold_T == fold) for fold, move in enumerate(moves))
+            curve[ridge] = held_out / n
+            if held_out < previous:
+                break
+            previous = held_out
+        return curve
 
 
 def _rest_log_normalizer(head: Head, seen_S: Tensor, hidden_TD: Tensor) -> Tensor:
@@ -156,6 +162,66 @@ def _rest_log_normalizer(head: Head, seen_S: Tensor, hidden_TD: Tensor) -> Tenso
 def _inverse_fourth_root(hidden_TD: Tensor) -> Tensor:
     """C^(-1/4) for the second moment C of the hidden states, scaled so that z has unit mean square, (D, D)."""
     hidden = hidden_TD.double()
-    values, vectors = torch.linalg.eigh(hidden.T @ hidden / len(hidden))
-    root = (vectors * (values.clamp(min=0) + FLOOR * values.mean()) ** -0.25) @ vectors.T
+    root = power_of_moment(hidden.T @ hidden / len(hidden), -0.25, ridge=FLOOR)
     return (root / (hidden @ root).square().mean().sqrt()).to(hidden_TD.dtype)
+
+
+def logits(coefficients_FK: Tensor, features_NF: Tensor) -> Tensor:
+    """(N, K); the last row of the coefficients is the intercept."""
+    return torch.addmm(coefficients_FK[-1], features_NF, coefficients_FK[:-1])
+
+
+def fit_softmax(
+    features_NF: Tensor,
+    targets_NK: Tensor,
+    ridge: float,
+    *,
+    start_FK: Tensor | None = None,
+    iterations: int = SOFTMAX_ITERATIONS,
+    intercept_ridge: float = 1e-2,
+) -> Tensor:
+    """Coefficients B, (F + 1, K), the intercept last, that maximise by L-BFGS::
+
+        sum_n sum_k targets[n, k] * log softmax(B^T [x_n, 1])[k]  -  ridge / 2 * ||B[:-1]||^2
+
+    Args:
+        features_NF: standardised features.
+        targets_NK: >= 0; a row's sum is its weight.
+        start_FK: where to start; zeros by default.
+        intercept_ridge: of the intercept, so that a class without rows has a finite one.
+    """
+    n_features, n_classes = features_NF.shape[1], targets_NK.shape[1]
+    start = features_NF.new_zeros(n_features + 1, n_classes) if start_FK is None else start_FK
+    penalty = torch.full_like(start[:, :1], ridge)
+    penalty[-1] = intercept_ridge
+
+    def loss(coefficients_FK: Tensor) -> Iterator[Tensor]:
+        log_p = logits(coefficients_FK, features_NF).log_softmax(1)
+        yield 0.5 * (penalty * coefficients_FK.square()).sum() - (targets_NK * log_p).sum()
+
+    return _minimum(loss, start, iterations, tolerance=1e-5)
+
+
+def _minimum(
+    loss: Callable[[Tensor], Iterable[Tensor]], start: Tensor, iterations: int, *, tolerance: float
+) -> Tensor:
+    """Where L-BFGS gets from a start.
+
+    Args:
+        loss: in parts that are summed; each is differentiated before the next is made, so that one graph is held.
+        tolerance: of the largest entry of the gradient.
+    """
+    x = start.clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([x], max_iter=iterations, tolerance_grad=tolerance, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        total = 0.0
+        with torch.enable_grad():
+            for part in loss(x):
+                part.backward()
+                total += part.item()
+        return total
+
+    optimizer.step(closure)
+    return x.detach()

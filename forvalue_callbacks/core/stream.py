@@ -138,13 +138,6 @@ def errors(head: Head, hidden_TD: Tensor, labels_T: Tensor, log_norm_T: Tensor, 
     return errors_TC.mul_(slope)
 
 
-def inverse_with_ridge(moment_DD: Tensor, ridge: float) -> Tensor:
-    """`(A + ridge * mean(diag A) * I)^-1` of a second moment A, by Cholesky in float64."""
-    moment_DD = moment_DD.double()
-    eye = torch.eye(len(moment_DD), dtype=torch.float64, device=moment_DD.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(moment_DD + ridge * moment_DD.diagonal().mean() * eye))
-
-
 def add_gradient(
     out_VD: Tensor,
     head: Head,

@@ -15,7 +15,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from ..core.softmax import fit_softmax, logits
+from ..core.fit import fit_softmax, logits
 
 RIDGES = (1.0, 10.0, 100.0)
 FOLDS = 5

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..core.softmax import fit_softmax, logits
-from ..scores.scores import auc
+from ..core.stats import auc
 
 FOLDS = 5
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0)

@@ -152,6 +152,8 @@ class ForValueScores:
         """A few lines for the log: what is known of the scores, their quantiles, whether length decides, and how many
         rows have none and why.
         """
+        from ..core.stats import spearman  # here, since core imports torch
+
         scored = np.isfinite(self.values)
         lines = [f"rows        {len(self)}", f"scored      {scored.sum()}"]
         lines += self.metadata.get("noise", {}).get("report", [])
@@ -255,26 +257,6 @@ def grouped_reasons(reasons: Iterable[str | None]) -> list[tuple[int, str]]:
 def _span(numbers: Iterable[str]) -> str:
     ordered = sorted(set(numbers), key=lambda number: float(number.replace(",", "")))
     return ordered[0] if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation of x and y, both (N,), ties by their mean rank; NaN where one is constant."""
-    x, y = _mean_ranks(x), _mean_ranks(y)
-    x, y = x - x.mean(), y - y.mean()
-    norm = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if norm > 0 else float("nan")
-
-
-def auc(clean: np.ndarray, noisy: np.ndarray) -> float:
-    """Chance that a clean row scores higher than a noisy one; ties count half."""
-    ranks = _mean_ranks(np.concatenate([clean, noisy]))
-    return float((ranks[: len(clean)].mean() - (len(clean) + 1) / 2) / len(noisy))
-
-
-def _mean_ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks of x, 1 = smallest, ties by their mean rank, (N,)."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def _check_provenance(
