@@ -4,11 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import ForValueConfig
     from .policies import Drop, Keep, Reweight, Threshold
-    from .scorer import ForValueConfig, ForValueScorer
+    from .scorer import ForValueScorer
     from .scores.scores import ForValueScores
     from .tiny.world import TINY_MODEL
-    from .trainer.callback import ForValueCallback, prefilter
+    from .trainer.callback import ForValueCallback
+    from .trainer.prefilter import prefilter
     from .transform import ForValueTransform
 
 __version__ = "0.2.0"
@@ -18,14 +20,14 @@ _HOME = {
     "TINY_MODEL": "tiny.world",
     "Drop": "policies",
     "ForValueCallback": "trainer.callback",
-    "ForValueConfig": "scorer",
+    "ForValueConfig": "config",
     "ForValueScorer": "scorer",
     "ForValueScores": "scores.scores",
     "ForValueTransform": "transform",
     "Keep": "policies",
     "Reweight": "policies",
     "Threshold": "policies",
-    "prefilter": "trainer.callback",
+    "prefilter": "trainer.prefilter",
 }
 
 __all__ = [

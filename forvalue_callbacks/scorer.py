@@ -29,7 +29,7 @@ from .model.fingerprint import digest
 from .model.ranks import of_first_rank, together, world
 from .model.run import Run, Window
 from .progress import Pass, Plan, Progress, size
-from .scores import ForValueScores
+from .scores.scores import ForValueScores
 from .scores.writer import open_writer
 from .validation import ValidationSide
 
@@ -169,7 +169,7 @@ class ForValueScorer:
         with self._at_work(dataset, plan):
             pairs = Pairs(self.run, side.method, side.state(), side.samples(), side.n_rows)
             if path is None:
-                blocks = [window.columns["pairs"] for window in pairs.windows(dataset)]
+                blocks = [window.columns["pairs"] for window in pairs.windows(dataset) if isinstance(window, Window)]
                 return torch.from_numpy(np.concatenate([np.zeros((0, side.n_rows)), *blocks]))
             assert isinstance(dataset, Sized)
             return pairs.to_file(path, dataset, provenance)

@@ -185,9 +185,8 @@ def train_epochs(
             model.train()
             step_loss = torch.zeros((), device=backbone.device)
             for batch in batches(step, device=backbone.device):
-                hidden_TD = backbone.hidden_states({**batch.inputs, "labels": batch.labels})[:, :-1][batch.predicts]
-                labels_T = batch.labels[:, 1:][batch.predicts]
-                loss = nn.functional.cross_entropy(logits(head, hidden_TD).float(), labels_T, reduction="sum")
+                hidden_TD = batch.pick(backbone.hidden_states(batch.inputs))
+                loss = nn.functional.cross_entropy(logits(head, hidden_TD).float(), batch.target_T, reduction="sum")
                 (loss / n_labelled).backward()
                 step_loss += loss.detach() / n_labelled
             rates.append(optimizer.param_groups[0]["lr"])

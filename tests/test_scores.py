@@ -13,14 +13,19 @@ from forvalue_callbacks.scores.scores import PARTS, ForValueScores, grouped_reas
 MADE_OF = {"weights": "w1", "validation": "v1", "data": "d1", "config": "c1"}
 
 
-def make_scores(n=20, provenance=MADE_OF):
+def make_scores(n=20, provenance=MADE_OF, digests=True):
     rng = np.random.default_rng(n)
     values, reasons = rng.normal(size=n), [None] * n
     for row in range(2, n, 7):
         values[row], reasons[row] = np.nan, "no labelled tokens"
     log_likelihood = np.where(np.isnan(values), np.nan, -rng.random(n))
     metadata = {"provenance": dict(provenance), "config": {"direction": "gradient"}, "torch": "2"}
-    return ForValueScores(values, reasons, log_likelihood, rng.integers(1, 30, n), metadata)
+    n_labelled = rng.integers(1, 30, n)
+    return ForValueScores(values, reasons, log_likelihood, n_labelled, metadata, make_digests(n) if digests else None)
+
+
+def make_digests(n):
+    return [f"{row:016x}" for row in range(n)]
 
 
 def assert_same(a, b):
@@ -29,13 +34,17 @@ def assert_same(a, b):
     np.testing.assert_array_equal(a.n_labelled, b.n_labelled)
     assert a.reasons == b.reasons
     assert a.metadata == b.metadata
+    assert a.row_digests == b.row_digests
 
 
-def test_saved_scores_come_back_bit_for_bit(tmp_path):
-    scores = make_scores()
+@pytest.mark.parametrize("digests", [True, False])
+def test_saved_scores_come_back_bit_for_bit(tmp_path, digests):
+    scores = make_scores(digests=digests)
+    scores.values[:2] = 0.0, -0.0
     scores.save(tmp_path / "scores.parquet")
     loaded = ForValueScores.load(tmp_path / "scores.parquet", expected=MADE_OF)
     assert_same(loaded, scores)
+    assert np.signbit(loaded.values[:2]).tolist() == [False, True]
     assert loaded.values.dtype == loaded.log_likelihood.dtype == np.float64
     assert loaded.n_labelled.dtype == np.int64
 
@@ -44,7 +53,7 @@ def test_the_file_is_one_row_per_sample_with_null_for_no_score(tmp_path):
     scores = make_scores()
     scores.save(tmp_path / "scores.parquet")
     table = pq.read_table(tmp_path / "scores.parquet")
-    assert table.column_names == ["row", "score", "reason", "log_likelihood", "n_labelled"]
+    assert table.column_names == ["row", "score", "reason", "log_likelihood", "n_labelled", "digest"]
     assert table["row"].to_pylist() == list(range(20))
     assert table["score"].null_count == np.isnan(scores.values).sum() > 0
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
@@ -53,13 +62,14 @@ def test_the_file_is_one_row_per_sample_with_null_for_no_score(tmp_path):
 def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     make_scores().save(tmp_path / "scores.parquet")
 
-    def break_off(table, path):
+    def break_off(table, path, **settings):
         path.write_bytes(b"half a file")
         raise OSError("disk full")
 
     monkeypatch.setattr(pq, "write_table", break_off)
     with pytest.raises(OSError, match="disk full"):
         make_scores(30).save(tmp_path / "scores.parquet")
+    monkeypatch.undo()
     assert len(ForValueScores.load(tmp_path / "scores.parquet")) == 20
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -80,6 +90,122 @@ def test_scores_that_do_not_say_what_made_them_match_no_expectation(tmp_path):
         ValueError, match="other weights and other validation rows and other training rows and other settings"
     ):
         ForValueScores.load(tmp_path / "scores.parquet", expected=MADE_OF)
+
+
+def change(file, changed):
+    """Writes what `changed` makes of the table, as somebody does who keeps the metadata."""
+    table = changed(pq.read_table(file))
+    pq.write_table(table, file)
+    return table
+
+
+def set_column(name, values):
+    return lambda table: table.set_column(table.column_names.index(name), name, [values])
+
+
+def drop_file_metadata(table):
+    return table.replace_schema_metadata({b"forvalue_scores": table.schema.metadata[b"forvalue_scores"]})
+
+
+def set_format(table):
+    old, new = b'"format": 1', b'"format": 7'
+    return table.replace_schema_metadata({key: x.replace(old, new) for key, x in table.schema.metadata.items()})
+
+
+def set_provenance(table):
+    return table.replace_schema_metadata({k: x.replace(b'"w1"', b'"w2"') for k, x in table.schema.metadata.items()})
+
+
+CHANGES = {
+    "sorted": (lambda table: table.sort_by("score"), "rows of .* are not in their order: its column 'row' has"),
+    "cut short": (lambda table: table.slice(0, 15), "holds 15 of 20 rows"),
+    "drawn": (lambda table: table.take([0, 1, 5]), "holds 3 of 20 rows"),
+    "a score": (set_column("score", [9.0] * 20), "was changed after it was written .its checksum"),
+    "a reason": (set_column("reason", ["why"] * 20), "was changed after it was written .its checksum"),
+    "a likelihood": (set_column("log_likelihood", [9.0] * 20), "was changed after it was written .its checksum"),
+    "a length": (set_column("n_labelled", [9] * 20), "was changed after it was written .its checksum"),
+    "a digest": (set_column("digest", ["9" * 16] * 20), "was changed after it was written .its checksum"),
+    "numbered anew": (
+        lambda table: set_column("row", list(range(20)))(table.sort_by("score")),
+        "was changed after it was written .its checksum",
+    ),
+    "no digests": (lambda table: table.drop_columns(["digest"]), "was changed after it was written .its checksum"),
+    "no scores": (lambda table: table.drop_columns(["score"]), "it has no double column 'score'"),
+    "texts": (set_column("score", ["1"] * 20), "it has no double column 'score'"),
+    "provenance": (set_provenance, "was changed after it was written .its checksum"),
+    "version 0.1": (drop_file_metadata, r"was written by version 0\.1.*score again"),
+    "format": (set_format, "is of format 7, this version reads format 1: score again"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_file_that_was_changed_is_refused_by_what_was_changed(tmp_path, what):
+    changed, text = CHANGES[what]
+    make_scores().save(tmp_path / "scores.parquet")
+    change(tmp_path / "scores.parquet", changed)
+    with pytest.raises(ValueError, match=text):
+        ForValueScores.load(tmp_path / "scores.parquet")
+
+
+def test_a_file_that_was_sorted_and_sorted_back_or_has_a_column_more_is_read(tmp_path):
+    scores = make_scores()
+    scores.save(tmp_path / "scores.parquet")
+    change(tmp_path / "scores.parquet", lambda table: table.sort_by("score"))
+    change(tmp_path / "scores.parquet", lambda table: table.sort_by("row").append_column("mine", [list("ab" * 10)]))
+    assert_same(ForValueScores.load(tmp_path / "scores.parquet"), scores)
+
+
+def test_a_file_with_any_byte_wrong_is_refused_or_the_same(tmp_path):
+    scores, file = make_scores(), tmp_path / "scores.parquet"
+    scores.save(file)
+    whole = file.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = []
+    for place in rng.choice(len(whole), 200, replace=False):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.integers(8)
+        file.write_bytes(damaged)
+        try:
+            assert_same(ForValueScores.load(file), scores)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert all(str(file) in text for text in refused)
+
+
+def test_a_link_that_leads_elsewhere_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scores.parquet").symlink_to(tmp_path / "elsewhere")
+    make_scores().save(tmp_path / "run" / "scores.parquet")
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+    assert len(ForValueScores.load(tmp_path / "run" / "scores.parquet")) == 20
+
+
+def test_rows_are_compared_and_what_differs_is_named():
+    digests = make_digests(20)
+    scores = make_scores()
+    scores.check_rows(digests)
+    scores.check_rows(tuple(digests))
+    swapped = [*digests[:3], digests[4], digests[3], *digests[5:]]
+    with pytest.raises(ValueError, match="same rows in another order, from row 3 on: sort them as they were"):
+        scores.check_rows(swapped)
+    other = digests[:7] + ["f" * 16] * 2 + digests[9:]
+    with pytest.raises(ValueError, match="2 of 20 rows are others than those that have scores, the first is row 7: "):
+        scores.check_rows(other)
+    with pytest.raises(ValueError, match="20 rows have scores, but there are 15 rows, 5 fewer; the first 15 are the"):
+        scores.check_rows(digests[:15])
+    with pytest.raises(ValueError, match="there are 21 rows, 1 more, which differ from row 2 on: give the rows"):
+        scores.check_rows([*digests[:2], "f" * 16, *digests[2:]])
+
+
+def test_scores_that_do_not_say_which_rows_they_are_of_are_compared_by_their_number():
+    scores = make_scores(digests=False)
+    scores.check_rows(["f" * 16] * 20)
+    with pytest.raises(ValueError, match="20 rows have scores, but there are 19 rows, 1 fewer: give the rows"):
+        scores.check_rows(["f" * 16] * 19)
+    with pytest.raises(ValueError, match="3 digests of 20 rows"):
+        ForValueScores(np.zeros(20), [None] * 20, np.zeros(20), np.ones(20), {}, make_digests(3))
 
 
 def test_a_parquet_file_from_elsewhere_is_refused(tmp_path):
@@ -165,12 +291,13 @@ def test_reasons_bring_nothing_into_logs_and_files_that_these_do_not_bear(tmp_pa
 def test_a_file_that_is_no_table_is_refused_and_one_that_is_not_there_is_missing(tmp_path):
     (tmp_path / "scores.parquet").write_text("row,score\n0,1\n")
     (tmp_path / "empty.parquet").touch()
-    (tmp_path / "folder.parquet").mkdir()
-    for name in ("scores", "empty", "folder"):
+    for name in ("scores", "empty"):
         with pytest.raises(ValueError, match=rf"{name}\.parquet cannot be read as a Parquet file.*output_dir"):
             ForValueScores.load(tmp_path / f"{name}.parquet")
     with pytest.raises(FileNotFoundError):
         ForValueScores.load(tmp_path / "missing.parquet")
+    with pytest.raises(ValueError, match=r"is a folder without manifest\.json"):
+        ForValueScores.load(tmp_path)
 
 
 @pytest.mark.parametrize("with_weights", [False, True])

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import core
+from ..data.sample import Sample, Segment, answer_alone
 from ..model.backbone import Backbone, left_as_found
-from .batches import Batch, ModelRow, batches, prepared
+from .batches import Batch, batches, prepared
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -88,7 +89,7 @@ def _pooled(model: nn.Module, rows: Rows, pool: Callable[[Tensor, Batch], Tensor
 
 
 def _sum(hidden_BLD: Tensor, batch: Batch) -> Tensor:
-    return (hidden_BLD[:, :-1] * batch.predicts[:, :, None]).sum(1)
+    return batch.sum(batch.pick(hidden_BLD))
 
 
 def _position_weighted(hidden_BLD: Tensor, batch: Batch) -> Tensor:
@@ -103,38 +104,34 @@ def _inner(rows_ND: Tensor, validation_MD: Tensor, cosine: bool) -> Tensor:
     return rows_ND @ validation_MD.T
 
 
-def _log_likelihoods(model: nn.Module, items: list[ModelRow]) -> Tensor:
+def _log_likelihoods(model: nn.Module, items: list[Sample]) -> Tensor:
     """Sum of log p over the labelled tokens of each row, float64 (N,); 0 without any."""
     backbone = Backbone(model)
     out = torch.zeros(len(items), dtype=torch.float64)
     with left_as_found(model):
         head = backbone.head()
         for batch in batches(items, device=backbone.device):
-            hidden_BLD, predicts = backbone.hidden_states(batch.inputs), batch.predicts
-            hidden_TD, labels_T = hidden_BLD[:, :-1][predicts], batch.labels[:, 1:][predicts]
-            log_p_BL = torch.zeros(predicts.shape, dtype=torch.float64, device=predicts.device)
-            log_p_BL[predicts] = core.log_likelihood_tokens(head, hidden_TD, labels_T).double()
-            out[batch.index] = log_p_BL.sum(1).cpu()
+            hidden_TD = batch.pick(backbone.hidden_states(batch.inputs))
+            log_p_T = core.log_likelihood_tokens(head, hidden_TD, batch.target_T).double()
+            out[batch.index] = batch.sum(log_p_T).cpu()
     return out
 
 
-def _counts(items: list[ModelRow]) -> Tensor:
+def _counts(items: list[Sample]) -> Tensor:
     return torch.tensor([item.n_labelled for item in items], dtype=torch.float64)
 
 
-def _with_and_without_prompt(items: list[ModelRow], bos_token_id: int | None) -> tuple[list[ModelRow], list[ModelRow]]:
+def _with_and_without_prompt(items: list[Sample], bos_token_id: int | None) -> tuple[list[Sample], list[Sample]]:
     """The rows, and their labelled tokens alone, with the same tokens predicted in both."""
     given, alone = [], []
     for item in items:
-        answer = np.flatnonzero(item.labels != -100)
-        answer = answer[answer > 0]
-        labels = np.full_like(item.labels, -100)
-        if bos_token_id is None:
-            labels[answer[1:]] = item.labels[answer[1:]]
-            ids = item.labels[answer]
+        (segment,) = item.segments
+        answer = segment.target
+        if bos_token_id is not None:
+            behind = answer_alone(replace(segment, inputs={"input_ids": segment.tokens}), bos_token_id)
         else:
-            labels[answer] = item.labels[answer]
-            ids = np.concatenate([[bos_token_id], item.labels[answer]])
-        given.append(replace(item, labels=labels))
-        alone.append(ModelRow(ids, np.concatenate([[-100], ids[1:]])))
+            segment = replace(segment, at=segment.at[1:], target=answer[1:])
+            behind = Segment({"input_ids": answer}, np.arange(len(answer) - 1), answer[1:])
+        given.append(replace(item, segments=(segment,)))
+        alone.append(replace(item, segments=(behind,)))
     return given, alone

@@ -11,12 +11,13 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from .. import core
+from ..data.sample import Sample
 from ..model.backbone import Backbone, left_as_found
 from .batches import Batch, batches, prepared
 
 
 def gradients(
-    model: nn.Module, rows: Iterable[Mapping[str, Any]], *, max_tokens_per_batch: int | None = None
+    model: nn.Module, rows: Iterable[Mapping[str, Any] | Sample], *, max_tokens_per_batch: int | None = None
 ) -> dict[str, Tensor]:
     """Gradient of each row's log-likelihood, summed over its labelled tokens, in every LoRA factor of a PEFT model.
 
@@ -55,7 +56,7 @@ def gradients(
         for batch in batches(items, max_tokens_per_batch, backbone.device):
             record.clear()
             with torch.enable_grad():
-                hidden_BLD = backbone.hidden_states({**batch.inputs, "labels": batch.labels})
+                hidden_BLD = backbone.hidden_states(batch.inputs)
             names = list(record.outputs)
             deltas = torch.autograd.grad(
                 hidden_BLD,
@@ -74,18 +75,16 @@ def gradients(
 
 def _output_gradient(head: core.Head, hidden_BLD: Tensor, batch: Batch) -> Tensor:
     """Gradient of the summed log-likelihood of all rows in the last hidden states, (B, L, D): `W^T e_t`."""
-    predicts = batch.predicts
     dtype = core.working_dtype(head.weight, hidden_BLD)
-    hidden_TD = core.factor(head, hidden_BLD[:, :-1][predicts], dtype)
-    labels_T = batch.labels[:, 1:][predicts]
+    hidden_TD = core.factor(head, batch.pick(hidden_BLD), dtype)
     log_norm_T = core.log_normalizer(head, hidden_TD)
     grad_TD = torch.zeros(hidden_TD.shape, dtype=dtype, device=hidden_TD.device)
     for lo in range(0, head.vocab_size, core.VOCAB_BLOCK):
         block = slice(lo, min(lo + core.VOCAB_BLOCK, head.vocab_size))
         weight_CD = head.weight[block].to(hidden_TD.dtype)
-        grad_TD += core.errors(head, hidden_TD, labels_T, log_norm_T, block).to(weight_CD) @ weight_CD
+        grad_TD += core.errors(head, hidden_TD, batch.target_T, log_norm_T, block).to(weight_CD) @ weight_CD
     out_BLD = torch.zeros_like(hidden_BLD)
-    out_BLD[:, :-1][predicts] = grad_TD.to(out_BLD.dtype)
+    out_BLD[batch.rows_T, batch.at_T] = grad_TD.to(out_BLD.dtype)
     return out_BLD
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..data.reader import sample_of
 from ..data.sft import Row
 from .batches import prepared
 from .gradients import gradients
@@ -39,9 +40,9 @@ class InRunShapleyCallback(TrainerCallback):
         self.rows, self.validation = prepared(rows), list(validation)
         prepared(self.validation)
         self.pairwise = torch.zeros(len(self.rows), len(self.validation), dtype=torch.float64)
-        self._places: dict[bytes, int] = {}
+        self._places: dict[str, int] = {}
         for i, row in enumerate(self.rows):
-            self._places.setdefault(_key(row), i)
+            self._places.setdefault(row.digest, i)
         self._drawn: list[int] = []
         self._hook: Any = None
 
@@ -70,7 +71,7 @@ class InRunShapleyCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         drawn, self._drawn = self._drawn, []
-        batch = [{"input_ids": self.rows[i].input_ids, "labels": self.rows[i].labels} for i in drawn]
+        batch = [self.rows[i] for i in drawn]
         if batch:
             gained = tracin(gradients(model, batch), gradients(model, self.validation)).double().cpu()
             self.pairwise.index_add_(0, torch.tensor(drawn), optimizer.param_groups[0]["lr"] * gained)
@@ -82,11 +83,7 @@ class InRunShapleyCallback(TrainerCallback):
         mask = kwargs.get("attention_mask")
         real = torch.ones_like(ids).bool() if mask is None else mask.cpu().bool()
         for i in range(len(ids)):
-            key = _key(Row(ids[i][real[i]].numpy(), labels[i][real[i]].numpy()))
+            key = sample_of(i, Row(ids[i][real[i]].numpy(), labels[i][real[i]].numpy())).digest
             if key not in self._places:
                 raise ValueError("InRunShapleyCallback: a batch holds a row that is none of the rows it was given")
             self._drawn.append(self._places[key])
-
-
-def _key(row: Row) -> bytes:
-    return row.input_ids.tobytes() + b"|" + row.labels.tobytes()

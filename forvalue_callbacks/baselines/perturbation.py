@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.sample import Sample
 from ..model.backbone import left_as_found
-from .batches import Batch, ModelRow, batches, prepared
+from .batches import Batch, batches, prepared
 
 Rows = Iterable[Mapping[str, Any]]
 Direction = Sequence[Tensor]
@@ -141,20 +142,18 @@ def _moved(parameters: Sequence[nn.Parameter], direction: Direction, epsilon: fl
 
 def _row_log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """(B,), by the model's own logits."""
-    logits_BLV = model(**batch.inputs, use_cache=False).logits[:, :-1]
-    labels_BL = batch.labels[:, 1:]
-    log_p_BL = logits_BLV.log_softmax(-1).gather(2, labels_BL.clamp(min=0)[:, :, None])[:, :, 0]
-    return (log_p_BL * batch.predicts).sum(1)
+    logits_TV = batch.pick(model(**batch.inputs, use_cache=False).logits)
+    return batch.sum(logits_TV.log_softmax(-1).gather(1, batch.target_T[:, None])[:, 0])
 
 
-def _log_likelihoods(model: nn.Module, items: list[ModelRow]) -> Tensor:
+def _log_likelihoods(model: nn.Module, items: list[Sample]) -> Tensor:
     out = torch.zeros(len(items), dtype=torch.float64)
     for batch in batches(items, device=next(model.parameters()).device):
         out[batch.index] = _row_log_likelihoods(model, batch).double().cpu()
     return out
 
 
-def _gradient(model: nn.Module, items: list[ModelRow], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def _gradient(model: nn.Module, items: list[Sample], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Gradient of the rows' mean log-likelihood."""
     total = [torch.zeros_like(p) for p in parameters]
     for batch in batches(items, device=next(model.parameters()).device):
@@ -166,7 +165,7 @@ def _gradient(model: nn.Module, items: list[ModelRow], parameters: Sequence[nn.P
 
 
 def _largest_eigenvalue(
-    model: nn.Module, items: list[ModelRow], parameters: Sequence[nn.Parameter], step: float
+    model: nn.Module, items: list[Sample], parameters: Sequence[nn.Parameter], step: float
 ) -> float:
     """Of the Hessian, in absolute value: by the power method from the gradient."""
     vector, value = _gradient(model, items, parameters), 0.0
@@ -178,7 +177,7 @@ def _largest_eigenvalue(
 
 
 def _hessian_product(
-    model: nn.Module, items: list[ModelRow], parameters: Sequence[nn.Parameter], direction: Direction, step: float
+    model: nn.Module, items: list[Sample], parameters: Sequence[nn.Parameter], direction: Direction, step: float
 ) -> list[Tensor]:
     """Hessian of the mean loss times the direction: `(grad(theta - eps D) - grad(theta + eps D)) / (2 eps)`."""
     epsilon = _epsilon(parameters, direction, step)

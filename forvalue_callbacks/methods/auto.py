@@ -24,9 +24,9 @@ from ..model.positions import Columns, Positions, concatenate
 from ..model.ranks import together
 from ..model.run import Run
 from ..progress import Pass, Plan, aside
-from ..scores.noise import Evidence, NoiseEstimate
+from ..scores.noise import USEFUL_AUC, Evidence, NoiseEstimate
 from .base import LOG_ODDS, ROWS, VALIDATION, Found, Method, State, mean_tokens, measured
-from .calibration import USEFUL_AUC, Classifier, fit_classifier, log_odds, shares
+from .calibration import Classifier, fit_classifier, log_odds, shares
 from .label_model import REPEATED, LabelModel, share_repeated
 from .measures import CANDIDATES, FOLDS, Half, Match, Reference, answers_alone, features, leading, n_grams, whole_rows
 from .whitened import WHITENING_RIDGE
@@ -77,7 +77,7 @@ class Auto(Method):
         halves = []
         with together("scoring the validation rows", run.sharded):
             for half, name in zip(places, HALVES, strict=True):
-                batches = run.positions([validation[i] for i in half], self, name, all_ranks=True)
+                batches = run.positions([validation[int(i)] for i in half], self, name, all_ranks=True)
                 halves.append(Half.of(head, concatenate(batches), WHITENING_RIDGE))
         frequency: Counter[tuple[int, ...]] = Counter()
         for sample in validation:
@@ -167,7 +167,7 @@ def _copies(
     starts = word_starts(prepare.processing_class, run.backbone.head().vocab_size)
     out: list[Sample | None] = [None] * len(validation)
     for half in places:  # an answer comes from the same half, or the other half would know it
-        rows = [row_of(validation[i].segments[0]) for i in half]
+        rows = [row_of(validation[int(i)].segments[0]) for i in half]
         for i, row in zip(half, corrupted(rows, kind, rng, starts, prepare.config.max_length), strict=True):
             out[i] = None if row is None else sample_of(int(i), row)
     return out

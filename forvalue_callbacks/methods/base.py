@@ -28,9 +28,6 @@ NOT_FINITE = f"non-finite score: {OVERFLOW}"
 # The passes that all methods have, by name.
 VALIDATION, ROWS = "validation rows", "rows to score"
 
-# Columns that every method gives, and that scores keep.
-KEPT = ("score", "log_likelihood", "n_labelled")
-
 State = Mapping[str, Any]
 
 
@@ -170,24 +167,28 @@ def token_columns(method: Method, state: State, head: Head, positions: Positions
 
 def put_together(writer: ScoreWriter, method: Method, state: State) -> ForValueScores:
     """The scores of all rows, from the windows that were written."""
+    if not method.needs_all_rows:
+        return ForValueScores.of_parts(writer.parts(), {})
     digests: list[str] = []
     reasons: list[str | None] = []
-    parts: list[Columns] = []
     for part in writer.parts():
         digests += part.digests
         reasons += part.reasons
-        parts.append({name: part.columns[name] for name in KEPT if name in part.columns})
     index = np.flatnonzero([reason is None for reason in reasons])
-    columns = {name: np.concatenate([part[name] for part in parts])[index] for name in (parts[0] if parts else {})}
-    metadata: dict[str, Any] = {}
-    if method.needs_all_rows:
-        found = Found(partial(_scored, writer), len(index))
-        columns["score"], noise = method.finish(state, found)
-        metadata["noise"] = noise.to_dict()
-    n_labelled, log_likelihood = columns["n_labelled"], columns["log_likelihood"]
-    scores = ForValueScores.of_scored(reasons, index, columns["score"], log_likelihood, n_labelled, metadata)
-    scores.row_digests = digests
-    return scores
+    if not len(index):
+        why = next((reason for reason in reasons if reason is not None), "no rows")
+        raise ValueError(f"{ROWS}: none of {len(reasons)} can be scored ({why}).")
+    found = Found(partial(_scored, writer), len(index))
+    values, noise = method.finish(state, found)
+    return ForValueScores.of_scored(
+        reasons,
+        index,
+        values,
+        found.column("log_likelihood"),
+        found.column("n_labelled"),
+        {"noise": noise.to_dict()},
+        digests,
+    )
 
 
 def _scored(writer: ScoreWriter) -> Iterator[Columns]:

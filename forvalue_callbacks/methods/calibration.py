@@ -21,8 +21,6 @@ RIDGES = (1.0, 10.0, 100.0)
 FOLDS = 5
 # Standardised features are cut here: one odd row must not decide.
 LIMIT = 4.0
-# Below this a kind of noise counts as not found: half way between chance and a score that is of some use.
-USEFUL_AUC = 0.6
 
 
 @dataclass(frozen=True)

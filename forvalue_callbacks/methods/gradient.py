@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ class HeadMethod(Method):
     """Scores along a move of the head, `state["direction"]` (V, D): token by token, summed over the row."""
 
     tokenwise = True
-    normalizations = ("none", "length")
+    normalizations: ClassVar[tuple[str, ...]] = ("none", "length")
 
     def score(self, state: State, head: Head, positions: Positions) -> Columns:
         score_T, log_p_T = self.tokens(state, head, positions)
@@ -59,8 +60,8 @@ class Gradient(HeadMethod):
 def mean_gradient(
     run: Run, validation: Sequence[Sample], method: Method, moment: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Mean gradient of the rows' log-likelihood in the head, (V, D), and the second moment of the hidden states, (D, D)
-    float64, if asked for: both of the rows of all ranks.
+    """Mean gradient of the rows' log-likelihood in the head, (V, D), and the second moment of the hidden states,
+    (D, D) float64, if asked for: both of the rows of all ranks.
 
     Raises:
         ValueError: it is not finite.

@@ -2,7 +2,7 @@
 
 A softmax over the K different answers predicts a row's right answer from what the network knows at the end of the
 prompt: the state that predicts the answer's first token, and the mean state of the prompt. The training rows hold more
-evidence than the validation rows but some of their answers are wrong; expectation-maximisation uses them all the same::
+evidence than the validation rows but some of their answers are wrong; expectation-maximisation uses them anyway::
 
     E   q_i(c)  ~  p(c | x_i) T[c, o_i]           which answer is right, given the one observed and the noise T
         T[c, o] =  share of rows of right answer c that are observed as o, drawn to symmetric noise
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.softmax import fit_softmax, logits
+from ..core.fit import fit_softmax, logits
 from ..core.stats import auc
 
 FOLDS = 5

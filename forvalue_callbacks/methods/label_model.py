@@ -17,9 +17,8 @@ from ..data.sample import Sample
 from ..model.positions import Columns, Positions
 from ..model.run import Run
 from ..progress import Plan, aside
-from ..scores.noise import Evidence, NoiseEstimate
+from ..scores.noise import USEFUL_AUC, Evidence, NoiseEstimate
 from .base import LOG_ODDS, VALIDATION, Found, Method, State, measured, reasons_unless
-from .calibration import USEFUL_AUC
 from .label_fit import fit_labels
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Pairs:
         metric = method.metric(state)
         self.metric_TD = None if metric is None else self.side.hidden_TD.to(metric) @ metric
 
-    def windows(self, dataset: Iterable[Any], skip: Any = None) -> Iterator[Window]:
+    def windows(self, dataset: Iterable[Any], skip: Any = None) -> Iterator[Window | int]:
         """ "pairs" of the rows, (rows, n_validation) float64, NaN where a row of either side has no score."""
         return self.run.windows(dataset, self.method, self._score, PAIRS, skip, core.PAIR_TILE)
 
@@ -63,7 +63,6 @@ class Pairs:
 
     def to_file(self, path: str | Path, dataset: Any, provenance: dict[str, str]) -> Tensor:
         """Writes them to a `.npy` file, and gives what lies there."""
-        assert isinstance(dataset, Sized)
         file = PairsFile(path, (len(dataset), self.n_validation), provenance) if world()[0] == 0 else None
 
         def skip(start: int, digests: list[str]) -> bool:

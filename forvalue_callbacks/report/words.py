@@ -4,8 +4,55 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..core.stats import spearman
 from ..policies import Policy, describe
-from ..scores.scores import ForValueScores
+from ..scores.noise import USEFUL_AUC, NoiseEstimate
+from ..scores.scores import ForValueScores, grouped_reasons
+
+
+def summary(scores: ForValueScores) -> str:
+    """What is known of the scores, their quantiles, whether length decides, and how many rows have none and why."""
+    scored = np.isfinite(scores.values)
+    lines = [f"rows        {len(scores)}", f"scored      {scored.sum()}"]
+    if scores.noise is not None:
+        lines += about_noise(scores.noise)
+    if scored.any():
+        names = ["min", "5%", "25%", "median", "75%", "95%", "max"]
+        quantiles = np.quantile(scores.values[scored], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+        lines.append("score       " + "  ".join(f"{name} {q:.4g}" for name, q in zip(names, quantiles, strict=True)))
+        rho = spearman(scores.values[scored], scores.n_labelled[scored])
+        if np.isnan(rho):  # nothing to correlate with
+            lines.append("length      all scores or all numbers of labelled tokens are the same")
+        else:
+            hint = ": long rows decide; compare normalize='length'" if abs(rho) > 0.5 else ""
+            lines.append(f"length      Spearman correlation of score and labelled tokens {rho:+.2f}{hint}")
+    lines += [f"not scored  {count}: {reason}" for count, reason in grouped_reasons(scores.reasons)]
+    return "\n".join(lines)
+
+
+def about_noise(noise: NoiseEstimate) -> list[str]:
+    """The evidence, and how much noise there seems to be."""
+    if noise.n_answers is not None:
+        (found,) = noise.evidence.values()
+        hint = ": do not filter by this" if found.auc < USEFUL_AUC else ""
+        return [
+            f"evidence    on your {noise.n_validation} validation rows a wrong answer put in on purpose is told from "
+            f"the right one with AUC {found.auc:.2f} (cross-fitted; {noise.n_answers} different answers){hint}",
+            f"noise       estimated share of wrong answers {noise.share:.2f}",
+        ]
+    lines = [f"evidence    on your {noise.n_validation} validation rows against copies corrupted on purpose (AUC, "]
+    lines[0] += "cross-fitted):"
+    for kind, found in noise.evidence.items():
+        lines.append(
+            f"            {kind:15s} {found.auc:.2f}  (best single score: {found.best} {found.best_auc:.2f}; "
+            f"mean log-likelihood {found.loss_auc:.2f})"
+        )
+    hidden = " or ".join(kind for kind, found in noise.evidence.items() if found.auc < USEFUL_AUC)
+    if hidden:
+        lines.append(f"            on your validation rows no score finds {hidden}: do not filter by this against it")
+    kinds = ", ".join(f"{kind} {share:.2f}" for kind, share in noise.shares.items() if share > 0)
+    lines.append(f"noise       estimated share of noisy rows {noise.share:.2f}" + (f" ({kinds})" if kinds else ""))
+    return lines
 
 
 def numbers(scores: ForValueScores, weights: np.ndarray, seconds: float) -> dict[str, float]:
@@ -15,11 +62,10 @@ def numbers(scores: ForValueScores, weights: np.ndarray, seconds: float) -> dict
         "unscored": int(np.isnan(scores.values).sum()),
         "seconds": round(seconds, 3),
     }
-    noise = scores.metadata.get("noise", {})
-    if "share" in noise:
-        found["noise_share"] = noise["share"]
-    found |= {f"share_{kind}": share for kind, share in noise.get("shares", {}).items()}
-    found |= {f"auc_{kind}": facts["auc"] for kind, facts in noise.get("held_out", {}).items()}
+    if (noise := scores.noise) is not None:
+        found["noise_share"] = noise.share
+        found |= {f"share_{kind}": share for kind, share in noise.shares.items()}
+        found |= {f"auc_{kind}": evidence.auc for kind, evidence in noise.evidence.items()}
     return {f"forvalue_{name.replace(' ', '_')}": value for name, value in found.items()}
 
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# Below this a kind of noise counts as not found: half way between chance and a score that is of some use.
+USEFUL_AUC = 0.6
+
 
 @dataclass(frozen=True)
 class Evidence:

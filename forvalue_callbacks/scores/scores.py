@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
-METADATA_KEY = b"forvalue_scores"
-INSTEAD = "give the file that it wrote (a run keeps forvalue_scores.parquet in its output_dir), or score again"
-# What scores are made of, for people.
-PARTS = {"weights": "weights", "validation": "validation rows", "data": "training rows", "config": "settings"}
+from .noise import NoiseEstimate
+from .parts import Part, printable
+from .provenance import differing
+from .table import read_table, write_table
+from .writer import read_finished
+
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 
 
@@ -34,6 +36,7 @@ class ForValueScores:
         n_labelled: (N,) int64, number of labelled tokens.
         metadata: JSON-able. `metadata["provenance"]` maps each part that determines the scores (weights, validation,
             data, config) to its hash; everything else (versions, the config itself) is for the reader.
+        row_digests: N digests of the rows, 16 hex digits each, where they are known.
 
     Raises:
         ValueError: the lengths differ, or a row has neither a score nor a reason, or both.
@@ -44,15 +47,18 @@ class ForValueScores:
     log_likelihood: np.ndarray
     n_labelled: np.ndarray
     metadata: dict[str, Any] = field(default_factory=dict)
+    row_digests: list[str] | None = None
 
     def __post_init__(self) -> None:
         self.values = np.asarray(self.values, dtype=np.float64)
-        self.reasons = [None if reason is None else _printable(reason) for reason in self.reasons]
+        self.reasons = [None if reason is None else printable(reason) for reason in self.reasons]
         self.log_likelihood = np.asarray(self.log_likelihood, dtype=np.float64)
         self.n_labelled = np.asarray(self.n_labelled, dtype=np.int64)
         lengths = [len(self.values), len(self.reasons), len(self.log_likelihood), len(self.n_labelled)]
         if len(set(lengths)) != 1:
             raise ValueError(f"values, reasons, log_likelihood and n_labelled differ in length: {lengths}")
+        if self.row_digests is not None and len(self.row_digests) != len(self):
+            raise ValueError(f"{len(self.row_digests):,} digests of {len(self):,} rows")
         for row, (value, reason) in enumerate(zip(self.values, self.reasons, strict=True)):
             if np.isnan(value) != (reason is not None):
                 raise ValueError(f"row {row} has the score {value} and the reason {reason!r}: exactly one is needed")
@@ -66,12 +72,37 @@ class ForValueScores:
         log_likelihood: Any,
         n_labelled: Any,
         metadata: dict[str, Any],
+        row_digests: list[str] | None = None,
     ) -> ForValueScores:
         """Scores of the rows at the places `index`; all others have a reason, get NaN and no labelled tokens."""
         n = len(reasons)
         scores, likelihoods, lengths = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
         scores[index], likelihoods[index], lengths[index] = values, log_likelihood, n_labelled
-        return cls(scores, reasons, likelihoods, lengths, metadata)
+        return cls(scores, reasons, likelihoods, lengths, metadata, row_digests)
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Part], metadata: dict[str, Any]) -> ForValueScores:
+        """Scores of rows that a `ScoreWriter` keeps, of a method that scores row by row.
+
+        Args:
+            parts: in order, with the columns score, log_likelihood and n_labelled, (n,) each.
+            metadata: that of the scores.
+
+        Raises:
+            ValueError: they keep no scores.
+        """
+        columns: dict[str, list[np.ndarray]] = {"score": [], "log_likelihood": [], "n_labelled": []}
+        reasons: list[str | None] = []
+        digests: list[str] = []
+        for part in parts:
+            if missing := [name for name in columns if name not in part.columns]:
+                raise ValueError(f"no scores are kept there: {' and '.join(missing)} of row {part.start} are missing")
+            for name, kept in columns.items():
+                kept.append(part.columns[name])
+            reasons += part.reasons
+            digests += part.digests
+        whole = [np.concatenate(kept) if kept else np.zeros(0) for kept in columns.values()]
+        return cls(whole[0], reasons, whole[1], whole[2], metadata, digests)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -85,7 +116,7 @@ class ForValueScores:
         if reasons := grouped_reasons(self.reasons):
             more = f" and {len(reasons) - 1} other reasons" if len(reasons) > 1 else ""
             lines.append(f"without: {reasons[0][0]:,} x {reasons[0][1]}{more}")
-        if "noise" in self.metadata:
+        if self.noise is not None:
             lines.append("log odds that a row is clean")
         return "\n".join(lines)
 
@@ -95,12 +126,46 @@ class ForValueScores:
         provenance = json.dumps(self.metadata.get("provenance", {}), sort_keys=True, separators=(",", ":"))
         return xxhash.xxh3_128_hexdigest(provenance.encode())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one Parquet file (row, score, reason, log_likelihood, n_labelled); a row without a score has null.
+    def check_rows(self, digests: Sequence[str]) -> None:
+        """Checks that the scores are those of these rows, in their order.
 
-        The file appears whole or not at all. The metadata are JSON in the Parquet schema.
+        Args:
+            digests: of the rows. Only their number is compared where the scores do not say which rows they are of.
+
+        Raises:
+            ValueError: they are not; what differs, and from which row on.
         """
-        path = Path(path)
+        mine = digests if self.row_digests is None else self.row_digests
+        if len(self) == len(digests) and list(mine) == list(digests):
+            return
+        if self.row_digests is not None and Counter(mine) == Counter(digests):
+            row = _first_difference(mine, digests)
+            raise ValueError(
+                f"the scores are of the same rows in another order, from row {row} on: sort them as they were when "
+                "they were scored, or score again"
+            )
+        if len(self) != len(digests):
+            more = len(digests) - len(self)
+            text = f"{len(self):,} rows have scores, but there are {len(digests):,} rows, {abs(more):,} "
+            text += "more" if more > 0 else "fewer"
+            if self.row_digests is not None:
+                row = _first_difference(mine, digests)
+                same = row == min(len(mine), len(digests))
+                text += f"; the first {row:,} are the same" if same else f", which differ from row {row} on"
+            raise ValueError(f"{text}: give the rows that were scored, or score again")
+        other = [row for row, (one, another) in enumerate(zip(mine, digests, strict=True)) if one != another]
+        raise ValueError(
+            f"{len(other):,} of {len(self):,} rows are others than those that have scores, the first is row "
+            f"{other[0]}: give the rows that were scored, or score again"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one Parquet file (row, score, reason, log_likelihood, n_labelled, and digest where the rows' are
+        known); a row without a score has null.
+
+        The file appears whole or not at all. In the Parquet schema are the metadata, as JSON, the number of rows and a
+        checksum.
+        """
         columns = {
             "row": pa.array(np.arange(len(self))),
             "score": pa.array(self.values, from_pandas=True),  # NaN becomes null
@@ -108,69 +173,52 @@ class ForValueScores:
             "log_likelihood": pa.array(self.log_likelihood, from_pandas=True),
             "n_labelled": pa.array(self.n_labelled),
         }
-        table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(self.metadata)})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            pq.write_table(table, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if self.row_digests is not None:
+            columns["digest"] = pa.array(self.row_digests, type=pa.string())
+        write_table(path, pa.table(columns), json.dumps(self.metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], expected: Mapping[str, Any] | None = None) -> ForValueScores:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, or the folder of a `ScoreWriter` that is finished.
 
         Args:
-            path: the Parquet file.
+            path: the Parquet file, or the folder.
             expected: what the scores must be made of: some or all keys of `metadata["provenance"]`.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not a file of scores, or made of something else than `expected`.
+            ValueError: not a file of scores; cut short, sorted otherwise or changed; or made of something else than
+                `expected`.
         """
-        try:
-            with pq.ParquetFile(path) as file:
-                table = file.read()
-        except FileNotFoundError:
-            raise
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read as a Parquet file: {INSTEAD}") from error
-        stored = (table.schema.metadata or {}).get(METADATA_KEY)
-        if stored is None:
-            raise ValueError(f"{path} was not written by ForValueScores.save: {INSTEAD}")
-        metadata = json.loads(stored)
-        _check_provenance(metadata.get("provenance", {}), expected or {}, path)
+        if Path(path).is_dir():
+            manifest, parts = read_finished(Path(path))
+            metadata = {"provenance": manifest["provenance"], **manifest["metadata"]}
+            _refuse_other(metadata["provenance"], expected or {}, path)
+            return cls.of_parts(parts, metadata)
+        table, metadata = read_table(path)
+        _refuse_other(metadata.get("provenance", {}), expected or {}, path)
         return cls(
             values=table["score"].to_numpy(),
             reasons=table["reason"].to_pylist(),
             log_likelihood=table["log_likelihood"].to_numpy(),
             n_labelled=table["n_labelled"].to_numpy(),
             metadata=metadata,
+            row_digests=table["digest"].to_pylist() if "digest" in table.column_names else None,
         )
+
+    @property
+    def noise(self) -> NoiseEstimate | None:
+        """What is estimated of the noise, where the scores are log odds that a row is clean."""
+        facts = self.metadata.get("noise")
+        return None if facts is None else NoiseEstimate.from_dict(facts)
 
     def summary(self) -> str:
         """A few lines for the log: what is known of the scores, their quantiles, whether length decides, and how many
         rows have none and why.
         """
-        from ..core.stats import spearman  # here, since core imports torch
+        from ..report.words import summary  # made from scores, and needs what reading a file of them does not
 
-        scored = np.isfinite(self.values)
-        lines = [f"rows        {len(self)}", f"scored      {scored.sum()}"]
-        lines += self.metadata.get("noise", {}).get("report", [])
-        if scored.any():
-            names = ["min", "5%", "25%", "median", "75%", "95%", "max"]
-            quantiles = np.quantile(self.values[scored], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
-            lines.append(
-                "score       " + "  ".join(f"{name} {q:.4g}" for name, q in zip(names, quantiles, strict=True))
-            )
-            rho = spearman(self.values[scored], self.n_labelled[scored])
-            if np.isnan(rho):  # nothing to correlate with
-                lines.append("length      all scores or all numbers of labelled tokens are the same")
-            else:
-                hint = ": long rows decide; compare normalize='length'" if abs(rho) > 0.5 else ""
-                lines.append(f"length      Spearman correlation of score and labelled tokens {rho:+.2f}{hint}")
-        lines += [f"not scored  {count}: {reason}" for count, reason in grouped_reasons(self.reasons)]
-        return "\n".join(lines)
+        return summary(self)
 
     def plot(
         self, path: str | os.PathLike[str], weights: np.ndarray | None = None, noisy: np.ndarray | None = None
@@ -186,55 +234,9 @@ class ForValueScores:
             ImportError: matplotlib is missing.
             ValueError: no row has a score.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plots need matplotlib: pip install 'forvalue-callbacks[plot]'") from error
+        from ..report.plots import histogram
 
-        scored = np.isfinite(self.values)
-        if not scored.any():
-            raise ValueError("no row has a score: nothing to plot")
-        low, high = np.percentile(self.values[scored], [1, 99])
-        margin = 0.0 if high > low else 0.5
-        bins = np.linspace(low - margin, high + margin, 61).tolist()
-        outside = int(((self.values < bins[0]) | (self.values > bins[-1])).sum())
-
-        axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-        if noisy is None:
-            axes.hist(self.values[scored], bins, color="tab:blue", alpha=0.5, label=f"{scored.sum()} rows")
-        else:
-            noisy = np.asarray(noisy, dtype=bool)
-            for rows, color, name in ((scored & ~noisy, "tab:blue", "clean"), (scored & noisy, "tab:orange", "noisy")):
-                axes.hist(self.values[rows], bins, color=color, alpha=0.5, label=f"{rows.sum()} {name} rows")
-        if weights is not None:
-            dropped = scored & (np.asarray(weights) == 0)
-            label = f"{dropped.sum()} dropped"
-            axes.hist(self.values[dropped], bins, histtype="step", hatch="////", color="black", label=label)
-        axes.set_xlim(bins[0], bins[-1])
-        axes.set_xlabel(
-            f"For-Value score ({outside} rows lie outside of this range)" if outside else "For-Value score"
-        )
-        axes.set_ylabel("rows")
-        axes.legend()
-        figure.savefig(path, dpi=120, format="png")
-
-
-def make_folder(folder: str | os.PathLike[str]) -> Path:
-    """A folder that can be written to, made where there is none.
-
-    Raises:
-        ValueError: it cannot be, as a file tried out there shows.
-    """
-    trial = Path(folder) / f".forvalue.{os.getpid()}"
-    try:
-        trial.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"nothing can be written to the folder {folder} ({error.strerror}): choose another."
-        ) from error
-    return trial.parent
+        histogram(self, path, weights, noisy)
 
 
 def grouped_reasons(reasons: Iterable[str | None]) -> list[tuple[int, str]]:
@@ -259,17 +261,14 @@ def _span(numbers: Iterable[str]) -> str:
     return ordered[0] if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
 
 
-def _check_provenance(
-    provenance: Mapping[str, Any], expected: Mapping[str, Any], path: str | os.PathLike[str]
-) -> None:
-    expected = json.loads(json.dumps(dict(expected)))  # a tuple comes back from JSON as a list
-    differing = [PARTS.get(key, key) for key in expected if provenance.get(key) != expected[key]]
-    if differing:
+def _refuse_other(provenance: Mapping[str, Any], expected: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    if other := differing(provenance, expected):
         raise ValueError(
-            f"the scores in {path} were made with other {' and other '.join(differing)}: score again, or go back to "
-            "what they were made with"
+            f"the scores in {path} were made with other {' and other '.join(other)}: score again, or go back to what "
+            "they were made with"
         )
 
 
-def _printable(reason: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in reason)
+def _first_difference(a: Sequence[str], b: Sequence[str]) -> int:
+    """The first place where two sequences differ; the length of the shorter one where none does."""
+    return next((row for row, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))

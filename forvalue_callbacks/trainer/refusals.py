@@ -125,17 +125,22 @@ def groups_of(policy: Policy, dataset: Any, groups: Sequence[Any] | None) -> lis
 def refuse_other_rows(scores: ForValueScores, scorer: Any, dataset: Any) -> None:
     """Raises ValueError for scores that are not those of the data set's rows, in their order."""
     refuse_other_length(scores, dataset)
-    provenance = scores.metadata.get("provenance", {}).get("data")
-    if provenance is not None:
-        same = provenance == scorer.hash_rows(dataset)
+    samples = list(scorer.run.reader.samples(dataset))
+    why = ""
+    if scores.row_digests is not None:
+        try:
+            scores.check_rows([sample.digest for sample in samples])
+        except ValueError as error:
+            why = str(error)
     else:  # made by other means: what there is to compare are numbers of labelled tokens, where they are given
-        here = np.array([item.n_labelled if reason is None else 0 for item, reason in scorer.batcher.items(dataset)])
+        here = np.array([sample.n_labelled for sample in samples])
         compared = (scores.n_labelled > 0) & (here > 0)
-        same = np.array_equal(scores.n_labelled[compared], here[compared])
-    if not same:
+        if not np.array_equal(scores.n_labelled[compared], here[compared]):
+            why = "they have other numbers of labelled tokens"
+    if why:
         raise ValueError(
             "the scores given are those of other rows, of these rows in another order, or of rows prepared otherwise "
-            "(tokenizer, max_length): score trainer.train_dataset as the trainer has prepared it."
+            f"(tokenizer, max_length): {why}. Score trainer.train_dataset as the trainer has prepared it."
         )
 
 

@@ -1,0 +1,150 @@
+"""Files that appear whole or not at all, and what killed runs have left beside them.
+
+A file that is written is locked (`flock`) until it is whole: a temporary file that can be locked is nobody's any more.
+Where there are no such locks, as on Windows, age decides, and nobody is kept from writing where another does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY = re.compile(r"\.forvalue-[0-9a-f]{32}")
+DAY = 86400.0  # seconds
+# A link in the place of a file that is to be opened is an error and not another file.
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file in the folder of `path` to write to, which gets that name when all went well.
+
+    Its bytes are on the disk before it is renamed. A symbolic link at `path` is replaced, what it leads to stays. When
+    anything goes wrong, the temporary file goes and what was at `path` stays.
+
+    Raises:
+        OSError: the folder cannot be written to, or a folder is in the file's place.
+    """
+    path = Path(path)
+    temporary, held = _temporary(path.parent)
+    with contextlib.ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
+        closing = stack.enter_context(contextlib.ExitStack())
+        closing.callback(os.close, held)
+        yield temporary
+        sync(temporary)
+        if fcntl is None:  # Windows renames no file that is open
+            closing.close()
+        os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Removes the temporary files in a folder that `whole_file` of a killed run has left there."""
+    for file in Path(folder).iterdir():
+        if TEMPORARY.fullmatch(file.name):
+            with contextlib.suppress(OSError):  # gone since, or another user's
+                held = os.open(file, os.O_RDWR | _NO_LINKS)
+                try:
+                    locked = lock(held)
+                    if locked is True or (locked is None and time.time() - os.fstat(held).st_mtime > DAY):
+                        file.unlink()
+                finally:
+                    os.close(held)
+
+
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """A folder that can be written to, made where there is none.
+
+    Raises:
+        ValueError: it cannot be, as a file tried out there shows.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"nothing can be written to the folder {folder} ({error.strerror}): choose another."
+        ) from error
+    return folder
+
+
+def open_locked(path: str | os.PathLike[str], flags: int = 0) -> int | None:
+    """A file opened to read and write, made where there is none, that nobody else holds; None where another does.
+
+    Where there are no locks, it is opened all the same. Release it with `release`.
+
+    Raises:
+        OSError: it cannot be opened; a symbolic link is one that cannot.
+    """
+    while True:
+        held = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINKS | flags, 0o666)
+        if lock(held) is False:
+            os.close(held)
+            return None
+        with contextlib.suppress(FileNotFoundError):  # it went, or was replaced, before it was locked: once more
+            if os.path.samestat(os.fstat(held), os.lstat(path)):
+                return held
+        os.close(held)
+
+
+def lock(file: int) -> bool | None:
+    """Locks an open file until it is closed: True, False where another holds it, None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without them
+        return None
+    return True
+
+
+def release(file: int) -> None:
+    """Unlocks and closes a file, also where a forked process still has it open."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
+
+
+def sync(file: str | os.PathLike[str]) -> None:
+    """Waits until a file's bytes are on the disk."""
+    opened = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Waits until the names in a folder are on the disk, where the system and the file system know how."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _temporary(folder: Path) -> tuple[Path, int]:
+    """A new file that is locked, under a name that nobody can guess, with the permissions of any new file."""
+    while True:
+        path = folder / f".forvalue-{secrets.token_hex(16)}"
+        held = open_locked(path, os.O_EXCL)
+        if held is not None:  # None: taken for a leftover in the moment before it was locked
+            return path, held

@@ -1,0 +1,125 @@
+"""Files: whole or not at all, and what killed runs have left goes."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from forvalue_callbacks.scores import files
+from forvalue_callbacks.scores.files import make_folder, remove_leftovers, whole_file
+
+WRITES = """
+import sys, time
+from forvalue_callbacks.scores.files import whole_file
+with whole_file(sys.argv[1]) as file:
+    file.write_text("half")
+    print(flush=True)
+    sys.stdin.readline()
+    file.write_text("whole")
+"""
+
+
+def start_writing(path):
+    """Another process that has half written a file, and writes the rest when it is told to."""
+    arguments = [sys.executable, "-c", WRITES, str(path)]
+    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "\n"
+    return process
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_has_its_name_when_it_is_whole_and_not_before(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with whole_file(tmp_path / "a") as file:
+        file.write_text("new")
+        assert file.parent == tmp_path
+        assert (tmp_path / "a").read_text() == "old"
+    assert (tmp_path / "a").read_text() == "new"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_goes_wrong_leaves_the_old_file_and_nothing_beside_it(tmp_path, error):
+    (tmp_path / "a").write_text("old")
+
+    def break_off():
+        with whole_file(tmp_path / "a") as file:
+            file.write_text("ne")
+            raise error
+
+    with pytest.raises(error):
+        break_off()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"), whole_file(tmp_path / "folder"):
+        pass
+    assert names(tmp_path) == ["a", "folder"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_temporary_names_differ_and_permissions_are_those_of_any_new_file(tmp_path):
+    with whole_file(tmp_path / "a") as one, whole_file(tmp_path / "a") as other:
+        assert one.name != other.name
+        assert str(os.getpid()) not in one.name.split("-")
+    (tmp_path / "b").touch()
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "run" / "a").symlink_to(tmp_path / "elsewhere")
+    with whole_file(tmp_path / "run" / "a") as file:
+        file.write_text("new")
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+    assert (tmp_path / "run" / "a").read_text() == "new"
+    assert not (tmp_path / "run" / "a").is_symlink()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    (tmp_path / ".forvalue-mine").write_text("not one of ours")
+    with start_writing(tmp_path / "a") as killed, start_writing(tmp_path / "b") as writing:
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+        assert len(names(tmp_path)) == 3
+        remove_leftovers(tmp_path)
+        assert len(names(tmp_path)) == 2
+        writing.communicate("\n")
+    assert writing.returncode == 0
+    assert names(tmp_path) == [".forvalue-mine", "b"]
+    assert (tmp_path / "b").read_text() == "whole"
+
+
+def test_a_link_under_one_of_our_names_is_not_followed(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "run" / f".forvalue-{'0' * 32}").symlink_to(tmp_path / "elsewhere")
+    remove_leftovers(tmp_path / "run")
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+def test_where_there_are_no_locks_what_is_a_day_old_is_a_leftover(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    old, new = tmp_path / f".forvalue-{'0' * 32}", tmp_path / f".forvalue-{'1' * 32}"
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (time.time() - 90000,) * 2)
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [new.name]
+    with whole_file(tmp_path / "a") as file:
+        file.write_text("new")
+    assert names(tmp_path) == [new.name, "a"]
+
+
+def test_a_folder_is_made_and_tried_out(tmp_path):
+    assert make_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert names(tmp_path / "a" / "b") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"nothing can be written to the folder \S+file \(.*choose another"):
+        make_folder(tmp_path / "file")
