@@ -185,8 +185,8 @@ def markdown(config: ComparisonConfig, head: str, results: list[Result], notes: 
         "",
         "AUC, recall: mean ± standard deviation over validation rows; `seeds`: deviation of the mean AUC over seeds; "
         "`checkpoints`: range of the AUC over them, the untrained one included; seconds: medians over seeds, for all "
-        "pairs; `passes`: their sum in evaluation passes over all rows; `peak MiB`: of the whole process. Methods with "
-        "one score per row (`score()`, loss, IFD, ...) have 0.5 by construction where classes are equally large: "
+        "pairs; `passes`: their sum in evaluation passes over all rows; `peak MiB`: of the whole process. Methods "
+        "with one score per row (`score()`, loss, IFD, ...) have 0.5 by construction where classes are equally large: "
         "listed for their cost.",
     ]
     if noisy:
