@@ -62,13 +62,13 @@ def pretrained(config: VLMConfig, collator: Collator) -> tuple[PreTrainedModel, 
     rows = collator.rows(pretraining_rows(config.pretraining_rows, seed=0))
     for epoch, (loss, _) in enumerate(train_epochs(model, rows, settings, seed=0), 1):
         print(f"pretraining, epoch {epoch}: loss {loss:.3f}", flush=True)
-    held_out = collator.rows(pretraining_rows(300, seed=1))
-    loss = -float(baselines.loss(model, held_out).mean())
+    unseen = collator.rows(pretraining_rows(300, seed=1))
+    loss = -float(baselines.loss(model, unseen).mean())
     _, animals = animal_rows(0, 0.0, 1, 100)
     other = [{**row, "completion": f" It is a {'dog' if row['label'] == 'cat' else 'cat'}."} for row in animals]
     right, wrong = (baselines.loss(model, collator.rows(side)) for side in (animals, other))
     accuracy = float((right > wrong).double().mean())
-    return model.eval(), f"held-out loss {loss:.3f} a token, {accuracy:.0%} of the animals named rightly"
+    return model.eval(), f"test loss {loss:.3f} a token, {accuracy:.0%} of the animals named rightly"
 
 
 def pixels_cosine(train: list[dict[str, Tensor]], validation: list[dict[str, Tensor]]) -> Tensor:

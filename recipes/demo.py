@@ -2,7 +2,7 @@
 
     make demo        or        python recipes/demo.py --noise 0.3 --seed 0
 
-1,000 instruction rows, 30 % of them with a wrong answer, are scored against 200 clean held-out rows: along the
+1,000 instruction rows, 30 % of them with a wrong answer, are scored by 200 clean validation rows: by the
 published method, three more, and by `auto`, which also says how many rows are wrong. Then the tiny model is
 fine-tuned with LoRA through `SFTTrainer` and `ForValueCallback`, from one start and for as many steps each: on all
 rows, without a random share, without the worst rows, with all rows reweighted, and on the clean rows alone (which
@@ -92,7 +92,7 @@ def make_trainer(config: DemoConfig, train: Dataset, test: Dataset, callbacks=()
 
 @torch.no_grad()
 def accuracy(trainer: SFTTrainer) -> float:
-    """Share of held-out rows whose whole answer is the model's first choice, token by token."""
+    """Share of test rows whose whole answer is the model's first choice, token by token."""
     model, right = trainer.model.eval(), []
     for batch in trainer.get_eval_dataloader():
         labels = batch["labels"][:, 1:]
@@ -198,14 +198,14 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
         table.append(
             {
                 "fine-tuning on": name,
-                "held-out loss": round(trainer.evaluate()["eval_loss"], 4),
+                "test loss": round(trainer.evaluate()["eval_loss"], 4),
                 "accuracy": round(accuracy(trainer), 3),
                 "training s": round(seconds, 1),
                 "valuation s": round(valuation[method], 2) if method else "",
                 "x evaluate()": round(valuation[method] / pass_seconds, 2) if method else "",
             }
         )
-        bar.set_postfix_str(f"{name}: held-out loss {table[-1]['held-out loss']}")
+        bar.set_postfix_str(f"{name}: test loss {table[-1]['test loss']}")
     (out / "table.md").write_text(markdown(found) + "\n\n" + markdown(table) + "\n")
     print("\n" + markdown(table))
     print(f"\nPictures and scores are in {out}: look at {out / f'scores_{best}.png'}.")

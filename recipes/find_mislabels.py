@@ -62,7 +62,7 @@ class MislabelConfig:
     train_rows: int = field(default=1000, metadata={"help": "Rows that are scored."})
     validation_rows: int = field(default=300, metadata={"help": "Clean rows they are scored by."})
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": "Directions to score with; all by default."}
+        default_factory=lambda: list(METHODS), metadata={"help": "Methods to score with; all by default."}
     )
     rivals: bool = field(default=True, metadata={"help": "The rivals too, and the other settings of `normalize`."})
     seeds: int = field(default=5, metadata={"help": "So many seeds."})

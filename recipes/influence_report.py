@@ -19,7 +19,7 @@ import peft
 import torch
 import transformers
 
-# One score per row, against the mean direction of the whole validation set: what the callback computes.
+# One score per row, by the whole validation set: what the callback computes.
 ONE_SCORE = ", score()"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -154,16 +154,19 @@ def summary(results: list[Result]) -> list[dict[str, Any]]:
 
 
 def ratios(lines: list[dict[str, Any]]) -> list[str]:
-    """How many times dearer DataInf at its last checkpoint, training included, is than each way to run For-Value."""
+    """How many times dearer DataInf at its last checkpoint, training included, is than each way to run For-Value: a
+    table with a column per task."""
     seconds = {
         (line["task"], line["method"]): line["training_s"] + line["gradients_s"] + line["scoring_s"] for line in lines
     }
-    return [
-        f"{task}: DataInf (last, training included) takes {seconds[task, 'DataInf (last)'] / value:.1f} times as long "
-        f"as {method} ({value:.1f} s)"
-        for (task, method), value in seconds.items()
-        if method.startswith("For-Value") and (task, "DataInf (last)") in seconds
-    ]
+    tasks = [task for task, method in seconds if method == "DataInf (last)"]
+    methods = dict.fromkeys(method for _, method in seconds if method.startswith("For-Value"))
+    out = [f"| DataInf (last) / this | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+    for method in methods:
+        own = [(seconds[task, "DataInf (last)"], seconds.get((task, method))) for task in tasks]
+        cells = ["" if value is None else f"{whole / value:.1f} ({value:.1f} s)" for whole, value in own]
+        out.append(f"| {method} | {' | '.join(cells)} |")
+    return out
 
 
 def markdown(config: ComparisonConfig, head: str, results: list[Result], notes: list[str], seconds: float) -> str:
@@ -180,17 +183,16 @@ def markdown(config: ComparisonConfig, head: str, results: list[Result], notes: 
         f"transformers {transformers.__version__}, peft {peft.__version__}, Python {platform.python_version()}, "
         f"{platform.machine()}, {torch.get_num_threads()} threads; all times are {config.clock} time.",
         "",
-        "AUC and recall: mean ± standard deviation over validation rows; `seeds` is the standard deviation of the "
-        "mean AUC over seeds. `checkpoints` is the range of the AUC over the checkpoints, the untrained one included. "
-        "Seconds are medians over seeds, for all pairs; `passes` is their sum in evaluation passes over all rows; "
-        "`peak MiB` is the memory of the whole process (model, rows, kept gradients) at its largest. "
-        "Methods with one score per row (`score()`, loss, IFD, ...) cannot tell classes apart: 0.5 by construction "
-        "where classes are equally large, listed for their cost.",
+        "AUC, recall: mean ± standard deviation over validation rows; `seeds`: deviation of the mean AUC over seeds; "
+        "`checkpoints`: range of the AUC over them, the untrained one included; seconds: medians over seeds, for all "
+        "pairs; `passes`: their sum in evaluation passes over all rows; `peak MiB`: of the whole process. Methods "
+        "with one score per row (`score()`, loss, IFD, ...) have 0.5 by construction where classes are equally large: "
+        "listed for their cost.",
     ]
     if noisy:
         out[-1] += (
-            " `noise`: AUC of clean against mislabelled rows by the mean score over validation rows of the label "
-            "that the row shows; `within`: the same among rows that show one label."
+            " `noise`: AUC of clean against mislabelled rows by the mean score over validation rows of the label that "
+            "the row shows; `within`: the same among rows that show one label."
         )
     columns = [
         "method", "AUC", "seeds", "recall", *(["noise", "within"] if noisy else []),
@@ -215,8 +217,9 @@ def markdown(config: ComparisonConfig, head: str, results: list[Result], notes: 
                     line["peak"],
                 ]
                 out.append(f"| {' | '.join(cells)} |")
-    out += ["", "## Cost", "", *(f"- {text}" for text in ratios(lines))]
-    out += ["", "## Notes", "", *(f"- {note}" for note in notes), ""]
+    out += ["", "## Cost: times that DataInf, its training included, takes as long (seconds of this)", ""]
+    out += [*ratios(lines), "", "## Notes", ""]
+    out += [f"Residuals: after {', '.join(map(str, config.checkpoints))} epochs.", "", *(f"- {n}" for n in notes), ""]
     return "\n".join(out)
 
 

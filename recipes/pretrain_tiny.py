@@ -59,8 +59,8 @@ class PretrainConfig:
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW's weight decay, on matrices only."})
     tokenizer_documents: int = field(default=40_000, metadata={"help": "Documents the tokenizer is trained on."})
-    eval_blocks: int = field(default=64, metadata={"help": "Packed sequences of held-out text for the final loss."})
-    seed: int = field(default=0, metadata={"help": "Seeds the text and the weights; held-out text takes seed + 1."})
+    eval_blocks: int = field(default=64, metadata={"help": "Packed sequences of test text for the final loss."})
+    seed: int = field(default=0, metadata={"help": "Seeds the text and the weights; the test text takes seed + 1."})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
@@ -192,19 +192,19 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: st
 
 
 def main(config: PretrainConfig) -> float:
-    """Tokenizer, training, check and saving; returns the held-out loss in nats per token."""
+    """Tokenizer, training, check and saving; returns the test loss in nats per token."""
     texts = itertools.islice(pretraining_text(config.seed), config.tokenizer_documents)
     tokenizer = train_tokenizer(texts, config.vocab_size, config.context)
     blocks = pack(pretraining_text(config.seed), tokenizer, config.steps * config.batch_size, config.block)
-    held_out = pack(pretraining_text(config.seed + 1), tokenizer, config.eval_blocks, config.block)
+    unseen = pack(pretraining_text(config.seed + 1), tokenizer, config.eval_blocks, config.block)
 
     model = build_model(config, tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens, {blocks.numel():,} tokens of text")
-    print(f"held-out loss before: {mean_loss(model, held_out):.3f} nats per token")
+    print(f"test loss before: {mean_loss(model, unseen):.3f} nats per token")
     train(model, blocks, config)
     save(model, tokenizer, config.output_dir)
-    loss = mean_loss(model, held_out)
-    print(f"held-out loss after: {loss:.3f} nats per token, written to {config.output_dir}")
+    loss = mean_loss(model, unseen)
+    print(f"test loss after: {loss:.3f} nats per token, written to {config.output_dir}")
     prompts = ["The nurse", "Q: What is the opposite of hot?\nA:", "<|user|>Tell me about music.<|assistant|>"]
     for prompt in [*prompts, *instructions(4, seed=config.seed)["prompt"]]:
         print(f"{prompt!r} -> {complete(model, tokenizer, prompt)!r}")

@@ -109,9 +109,16 @@ def test_the_readmes_python_runs_as_it_stands(tmp_path):
 
 
 def test_the_readmes_tree_names_every_module():
-    text = (ROOT / "README.md").read_text()
-    for path in (ROOT / "forvalue_callbacks").glob("*.py"):
-        assert path.name == "__init__.py" or f"  {path.name} " in text, path.name
+    """Each under its folder; the baselines in one line."""
+    block = re.search(r"```\n(forvalue_callbacks/\n.*?)recipes/", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    named, folders = set(), []
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [line.split()[0]]
+        named.add("".join(folders))
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "forvalue_callbacks").rglob("*.py")}
+    modules = {name for name in modules if not name.endswith("__init__.py") and "/baselines/" not in name}
+    assert sorted(modules ^ {name for name in named if name.endswith(".py")}) == []
 
 
 def test_every_setting_has_help():

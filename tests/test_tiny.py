@@ -166,10 +166,10 @@ def test_two_steps_of_the_recipe(recipe, tmp_path, capsys):
     loss = recipe.main(config)
     tokenizer = AutoTokenizer.from_pretrained(config.output_dir)
     model = AutoModelForCausalLM.from_pretrained(config.output_dir)
-    held_out = recipe.pack(pretraining_text(config.seed + 1), tokenizer, config.eval_blocks, config.block)
+    unseen = recipe.pack(pretraining_text(config.seed + 1), tokenizer, config.eval_blocks, config.block)
     assert len(tokenizer) == config.vocab_size
-    assert recipe.mean_loss(model, held_out) == pytest.approx(loss, abs=1e-3)
-    before = float(capsys.readouterr().out.split("held-out loss before: ")[1].split()[0])
+    assert recipe.mean_loss(model, unseen) == pytest.approx(loss, abs=1e-3)
+    before = float(capsys.readouterr().out.split("test loss before: ")[1].split()[0])
     assert loss < before - 0.01
 
 
