@@ -316,19 +316,3 @@ def _refuse_other(found: dict[str, Any], mine: dict[str, Any], folder: Path) -> 
             f"what is kept in {folder} was made with other {' and other '.join(other)}: give another folder, or "
             "anew=True to begin anew there"
         )
-
-
-class PairsFile:
-    """Stub until the merge of h-writer."""
-
-    def __init__(self, path, shape, provenance):
-        self.path, self.values = path, np.full(shape, np.nan)
-
-    def holds(self, start, digests):
-        return False
-
-    def write(self, start, digests, block):
-        self.values[start : start + len(block)] = block
-
-    def finish(self):
-        np.save(self.path, self.values)
