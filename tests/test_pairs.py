@@ -203,12 +203,16 @@ def test_a_full_disk_is_an_error_before_the_work_that_names_the_file_and_the_siz
 
 
 def test_where_the_file_system_reserves_nothing_the_space_is_taken_by_writing(tmp_path, monkeypatch):
-    def refuse(*args):
+    asked = []
+
+    def refuse(file, first, n_bytes):
+        asked.append(n_bytes)
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
     with PairsFile(tmp_path / "pairs.npy", N, M, PROVENANCE) as pairs:
         assert (tmp_path / "pairs.npy.partial").stat().st_size == pairs.nbytes
+        assert asked == [pairs.nbytes]
         assert json.loads((tmp_path / "pairs.npy.partial.json").read_text())["shape"] == [N, M]
         write_all(pairs)
         pairs.finish()

@@ -305,6 +305,20 @@ def test_a_part_that_is_not_as_it_was_written_counts_as_not_there(tmp_path, capl
     assert caplog.records == []
 
 
+def test_of_parts_that_share_rows_one_is_used(tmp_path, caplog):
+    with open_writer(tmp_path / "other") as writer:
+        writer.write(4, digests_of(4), [None] * 8, make_columns(4))
+    with open_writer(tmp_path) as writer:
+        fill(writer, 2)
+    (tmp_path / part_names(4)[0]).write_bytes((tmp_path / "other" / part_names(4)[0]).read_bytes())
+    with open_writer(tmp_path) as writer:
+        assert f"{part_names(4)[0]} is of rows that other parts hold" in caplog.text
+        assert not writer.holds(4, digests_of(4))
+        assert [part.start for part in writer.parts()] == [0, WINDOW]
+        writer.finish(2 * WINDOW, {})
+    assert names(tmp_path) == ["manifest.json", "other", *part_names(0, WINDOW)]
+
+
 def test_a_part_that_is_damaged_while_the_writer_is_open_is_an_error_and_never_scores(tmp_path):
     with open_writer(tmp_path) as writer:
         fill(writer)
@@ -371,6 +385,29 @@ def test_without_a_folder_what_is_kept_goes_with_the_writer(tmp_path, monkeypatc
         assert len(list(writer.parts())) == 3
         assert len(names(tmp_path)) == 1
     assert names(tmp_path) == []
+
+
+def test_temporary_folders_of_killed_runs_are_removed_by_the_next_and_those_in_use_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "forvalue-mine").mkdir()
+    holds = "import sys; from forvalue_callbacks.scores.writer import ScoreWriter\n"
+    holds += "with ScoreWriter(None, {}, {}) as writer:\n    print(writer.folder, flush=True); sys.stdin.readline()"
+    how = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "env": {**os.environ, "TMPDIR": str(tmp_path)},
+    }
+    with subprocess.Popen([sys.executable, "-c", holds], **how) as killed:
+        left = killed.stdout.readline().strip()
+        killed.kill()
+    assert os.listdir(left) != []
+    with subprocess.Popen([sys.executable, "-c", holds], **how) as running:
+        used = running.stdout.readline().strip()
+        with ScoreWriter(None, {}, {}) as writer:
+            assert names(tmp_path) == sorted(os.path.basename(x) for x in ("forvalue-mine", used, writer.folder))
+        running.communicate("\n")
+    assert names(tmp_path) == ["forvalue-mine"]
 
 
 def test_links_in_the_folder_are_replaced_and_what_they_lead_to_stays(tmp_path):
