@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-TEMPORARY = re.compile(r"\.forvalue-[0-9a-f]{32}")
+TEMPORARY, TEMPORARY_FOLDER = re.compile(r"\.forvalue-[0-9a-f]{32}"), re.compile(r"forvalue-[0-9a-f]{32}")
 DAY = 86400.0  # seconds
 # A link in the place of a file that is to be opened is an error and not another file.
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
@@ -62,6 +63,25 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
                         file.unlink()
                 finally:
                     os.close(held)
+
+
+def temporary_folder(lock_name: str) -> tuple[Path, int]:
+    """A new folder among the system's temporary files, and the file in it that is locked while it is in use.
+
+    Those that killed runs of the same user have left are removed first.
+    """
+    parent = Path(tempfile.gettempdir())
+    for folder in parent.iterdir() if fcntl else ():
+        if TEMPORARY_FOLDER.fullmatch(folder.name):
+            with contextlib.suppress(OSError):  # gone since, or another user's
+                held = os.open(folder / lock_name, os.O_RDWR | _NO_LINKS)
+                if lock(held) and folder.lstat().st_uid == os.getuid():
+                    shutil.rmtree(folder, ignore_errors=True)
+                os.close(held)
+    new = Path(tempfile.mkdtemp(prefix="forvalue-"))
+    new_lock = open_locked(new / lock_name)
+    assert new_lock is not None, "nobody else knows of it"
+    return new.rename(parent / f"forvalue-{secrets.token_hex(16)}"), new_lock  # locked before it has such a name
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:

@@ -42,9 +42,9 @@ class Part:
         n, lengths = len(self.digests), {"reasons": len(self.reasons)}
         for name, column in self.columns.items():
             if column.dtype.name not in DTYPES or column.ndim == 0 or name in OURS:
-                shape = f"{column.dtype} {column.shape}"
                 raise ValueError(
-                    f"column {name!r} is {shape}: rows of {', '.join(DTYPES)}, not named {OURS}, are kept"
+                    f"column {name!r} is {column.dtype} {column.shape}: rows of {', '.join(DTYPES)} are kept, under "
+                    f"other names than {' and '.join(OURS)}"
                 )
             lengths[name] = len(column)
         if n == 0 or set(lengths.values()) != {n}:

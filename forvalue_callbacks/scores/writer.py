@@ -19,7 +19,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .files import make_folder, open_locked, release, remove_leftovers, whole_file
+from .files import make_folder, open_locked, release, remove_leftovers, temporary_folder, whole_file
 from .parts import Part, hash_digests, printable, read_part
 from .provenance import as_json, differing
 
@@ -65,8 +64,12 @@ class ScoreWriter:
         anew: bool = False,
     ) -> None:
         self._is_temporary = folder is None
-        self.folder = Path(tempfile.mkdtemp(prefix="forvalue-")) if folder is None else make_folder(folder)
-        self._held = open_locked(self.folder / LOCK)
+        self._held: int | None
+        if folder is None:
+            self.folder, self._held = temporary_folder(LOCK)
+        else:
+            self.folder = make_folder(folder)
+            self._held = open_locked(self.folder / LOCK)
         if self._held is None:
             raise ValueError(
                 f"another process is writing scores to {self.folder}: wait until it has ended, or give another folder."
