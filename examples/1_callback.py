@@ -5,7 +5,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from forvalue_callbacks import TINY_MODEL, Drop, ForValueCallback
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 
 train = instructions(400, seed=0, noise=0.2)  # rows with "prompt" and "completion"; a fifth of the answers is wrong
 validation = instructions(100, seed=1)  # clean rows of the same kind

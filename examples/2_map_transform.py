@@ -4,7 +4,7 @@ import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forvalue_callbacks import TINY_MODEL, ForValueTransform
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 
 train = instructions(400, seed=0, noise=0.2)
 transform = ForValueTransform(

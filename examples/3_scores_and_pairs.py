@@ -3,7 +3,7 @@
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forvalue_callbacks import TINY_MODEL, Drop, ForValueConfig, ForValueScorer, ForValueScores
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 
 train, validation = instructions(200, seed=0, noise=0.2), instructions(50, seed=1)
 scorer = ForValueScorer(

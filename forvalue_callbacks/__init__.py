@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .policies import Drop, Keep, Reweight, Threshold
     from .scorer import ForValueScorer
     from .scores.scores import ForValueScores
-    from .tiny.world import TINY_MODEL
+    from .tiny import TINY_MODEL
     from .trainer.callback import ForValueCallback
     from .trainer.prefilter import prefilter
     from .transform import ForValueTransform
@@ -17,7 +17,7 @@ __version__ = "0.2.0"
 
 # Imported when first asked for, so that `forvalue_callbacks.core` needs torch alone.
 _HOME = {
-    "TINY_MODEL": "tiny.world",
+    "TINY_MODEL": "tiny",
     "Drop": "policies",
     "ForValueCallback": "trainer.callback",
     "ForValueConfig": "config",

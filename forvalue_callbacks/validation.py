@@ -115,7 +115,7 @@ class ValidationSide:
         self.check()
         if self.known is None:
             file = self._file()
-            arrays = None if file is None else load_state(file)
+            arrays = None if file is None else load_state(file, may_be_infinite=("ridge", "curve"))
             device = self.run.backbone.head().weight.device
             if all(of_all_ranks(arrays is not None)) and arrays is not None:
                 logger.info("the validation direction is that in %s", file)

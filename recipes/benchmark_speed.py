@@ -58,7 +58,7 @@ from trl import TrlParser
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, baselines
 from forvalue_callbacks.model.run import cut, tokens_per_batch
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 
 ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer", "sft", "algorithm1", "captum", "seen", "direction")
 ARMS += ("kept", "pairs", "gradients")  # the last one changes the model

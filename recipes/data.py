@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset, concatenate_datasets
 from files import DataError, Source, read
 
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 
 # Column of the training rows that survives what SFTTrainer does to them: the row's place in the file, from 0.
 ROW = "forvalue_row"

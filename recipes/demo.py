@@ -39,7 +39,7 @@ from forvalue_callbacks import (
     Threshold,
 )
 from forvalue_callbacks.policies import Policy
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 
 # As published first; the last one is what the fine-tuning drops and reweights by.
 METHODS = ("gradient", "whitened", "fitted", "fitted_likelihood", "auto")

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, baselines
 from forvalue_callbacks.model.backbone import left_as_found
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 
 LABEL_NOISES, FREE_NOISES = ("symmetric", "confusable"), ("swapped", "deleted", "inserted")
 METHODS = ForValueConfig.__dataclass_fields__["method"].metadata["choices"]

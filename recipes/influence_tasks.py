@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
-from forvalue_callbacks.tiny.world import TOPICS, past, plural
+from forvalue_callbacks.tiny import TOPICS, past, plural
 
 VOWELS = set("aeiouAEIOU")
 

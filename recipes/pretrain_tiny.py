@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import TrlParser
 
-from forvalue_callbacks.tiny.world import instructions, pretraining_text
+from forvalue_callbacks.tiny import instructions, pretraining_text
 
 BOS, EOS, PAD, SYSTEM, USER, ASSISTANT = SPECIAL = (
     "<|bos|>",

@@ -31,7 +31,7 @@ from forvalue_callbacks import (
 )
 from forvalue_callbacks.policies import Policy
 from forvalue_callbacks.report.words import numbers
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 from forvalue_callbacks.trainer.callback import SCORES_FILE, apply_policy
 from forvalue_callbacks.trainer.trackers import report
 

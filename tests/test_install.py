@@ -26,3 +26,11 @@ def test_both_files_of_pins_name_the_same_frameworks():
     newest, oldest = _versions("constraints.txt", "=="), _versions("constraints-oldest.txt", "==")
     assert set(newest) <= set(oldest)
     assert newest["torch"] == oldest["torch"]
+
+
+def test_every_file_of_the_package_that_is_no_module_is_installed_with_it():
+    package = ROOT / "forvalue_callbacks"
+    (patterns,) = re.findall(r"^forvalue_callbacks = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    installed = {path for pattern in re.findall(r'"([^"]+)"', patterns) for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert installed == files

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from forvalue_callbacks.tiny.world import (
+from forvalue_callbacks.tiny import (
     INTENTS,
     MOODS,
     TASKS,
@@ -94,6 +96,17 @@ def test_text_depends_on_the_seed_alone():
     assert not any(
         mark in text for text in take(2, 2_000) for mark in ("\nTopic:", "\nKind:", "customer is", "{", "}")
     )
+
+
+def digest(texts):
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def test_text_and_rows_are_the_ones_that_the_model_and_the_results_were_made_with():
+    """Every word and every draw counts: the tables in `recipes/results` are of just these rows."""
+    assert [digest(take(seed, 2_000)) for seed in (0, 1)] == ["cc0b9c579d1dbf41", "3de24936e17531f8"]
+    assert digest(instructions(300, seed=0, noise=0.3).to_list()) == "aad1075269eb1db2"
+    assert digest(instructions(300, seed=1, tasks=["intent"]).to_list()) == "fe62389817a4a510"
 
 
 def test_words_are_inflected():

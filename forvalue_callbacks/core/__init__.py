@@ -1,9 +1,9 @@
 """The equations, on plain tensors: imports torch (and numpy) and nothing else of the stack."""
 
 from .head import Head, factor, product, working_dtype
+from .pairs import PAIR_TILE, score_pairs, squared_norms
 from .stats import inverse_with_ridge
 from .stream import (
-    PAIR_TILE,
     TOKEN_TILE,
     VOCAB_BLOCK,
     add_gradient,
@@ -12,9 +12,7 @@ from .stream import (
     gain_tokens,
     log_likelihood_tokens,
     log_normalizer,
-    score_pairs,
     score_tokens,
-    squared_norms,
     tile_for,
 )
 

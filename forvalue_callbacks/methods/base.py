@@ -195,7 +195,8 @@ def _scored(writer: ScoreWriter) -> Iterator[Columns]:
     """Columns of the rows with a score, a window at a time."""
     for part in writer.parts():
         good = np.array([reason is None for reason in part.reasons], dtype=bool)
-        yield {name: values[good] for name, values in part.columns.items()}
+        if good.any():
+            yield {name: values[good] for name, values in part.columns.items()}
 
 
 def mean_tokens(samples: Sequence[Sample]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..data.sample import Sample
 from ..model.positions import Columns, Positions, concatenate
 from ..model.ranks import of_first_rank, together, world
 from ..model.run import Run, Window
-from ..scores.writer import PairsFile
+from ..scores.pairs import PairsFile
 from .base import Method, State
 
 # The passes by name.
@@ -63,15 +64,19 @@ class Pairs:
 
     def to_file(self, path: str | Path, dataset: Any, provenance: dict[str, str]) -> Tensor:
         """Writes them to a `.npy` file, and gives what lies there."""
-        file = PairsFile(path, (len(dataset), self.n_validation), provenance) if world()[0] == 0 else None
+        with self._file(path, len(dataset), provenance) as file:
 
-        def skip(start: int, digests: list[str]) -> bool:
-            return of_first_rank(file is not None and file.holds(start, digests))
+            def skip(start: int, digests: list[str]) -> bool:
+                return of_first_rank(file is not None and file.holds(start, digests))
 
-        for window in self.windows(dataset, skip):
-            if file is not None and isinstance(window, Window):
-                file.write(window.start, window.digests, window.columns["pairs"])
-        with together("writing the pairs"):
-            if file is not None:
-                file.finish()
+            for window in self.windows(dataset, skip):
+                if file is not None and isinstance(window, Window):
+                    file.write(window.start, window.digests, window.columns["pairs"])
+            with together("writing the pairs"):
+                if file is not None:
+                    file.finish()
         return torch.from_numpy(np.load(path, mmap_mode="r+"))
+
+    def _file(self, path: str | Path, n: int, provenance: dict[str, str]) -> Any:
+        """The file, on the first rank."""
+        return PairsFile(path, n, self.n_validation, provenance) if world()[0] == 0 else nullcontext()
