@@ -3,10 +3,10 @@
 import logging
 
 import numpy as np
-from conftest import build_model
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
 from forvalue_callbacks.methods.auto import _warn_of_other_forms
+from helpers.models import build_model
 
 EOS = 2
 

@@ -6,9 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
-from oracles import relative, row_gradient
-from test_scorer import inverse_second_moment
 
 from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform, baselines
 from forvalue_callbacks.core.softmax import fit_softmax
@@ -29,6 +26,8 @@ from forvalue_callbacks.methods.measures import (
 )
 from forvalue_callbacks.model.run import Batcher, concatenate
 from forvalue_callbacks.scores.scores import auc
+from helpers.models import build_model, build_rows
+from helpers.oracles import inverse_second_moment, relative, row_gradient
 
 EOS = 2
 

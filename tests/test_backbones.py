@@ -8,12 +8,12 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import VOCAB, build_model, build_rows
-from oracles import row_gradient
 from torch import nn
 
 from forvalue_callbacks import ForValueScorer
 from forvalue_callbacks.model.backbone import Backbone
+from helpers.models import VOCAB, build_model, build_rows
+from helpers.oracles import row_gradient
 
 TEXT = {
     "vocab_size": VOCAB,

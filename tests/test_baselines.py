@@ -6,14 +6,14 @@ from math import exp
 
 import pytest
 import torch
-from conftest import build_model, build_rows
 from datasets import Dataset
-from oracles import relative
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from forvalue_callbacks import TINY_MODEL, baselines
+from helpers.models import build_model, build_rows
+from helpers.oracles import relative
 
 SHAPES = {"A": (3, 7), "B": (5, 3), "narrow": (2, 2)}
 

@@ -1,5 +1,4 @@
 import json
-import logging
 import os
 import re
 import subprocess
@@ -10,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 from datasets import Dataset, IterableDataset
-from oracles import relative
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from forvalue_callbacks import (
     TINY_MODEL,
@@ -34,23 +31,18 @@ from forvalue_callbacks.report.words import numbers
 from forvalue_callbacks.tiny.world import instructions
 from forvalue_callbacks.trainer.callback import SCORES_FILE, apply_policy
 from forvalue_callbacks.trainer.trackers import report
-
-TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
-
-
-def rows_with_id(rows=TRAIN):
-    """The first token names the row, so that what is drawn can be read off a batch."""
-    return [{**row, "input_ids": [3 + i, *row["input_ids"][1:]]} for i, row in enumerate(rows)]
-
-
-def collate(rows):
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def pad(name, filler):
-        return torch.tensor([row[name] + [filler] * (longest - len(row["input_ids"])) for row in rows])
-
-    batch = {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100)}
-    return {**batch, "attention_mask": (batch["input_ids"] != 0).long()}
+from helpers.models import build_model, build_rows
+from helpers.oracles import relative
+from helpers.trainers import (
+    TRAIN,
+    VALIDATION,
+    Passes,
+    drawn,
+    losses,
+    make_sft,
+    make_trainer,
+    rows_with_id,
+)
 
 
 class Record(TrainerCallback):
@@ -61,57 +53,6 @@ class Record(TrainerCallback):
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         self.rates.append(lr_scheduler.get_last_lr()[0])
-
-
-class FromHereOn(TrainerCallback):
-    """Forgets what a collator has noted while the rows were scored: they go through it too."""
-
-    def __init__(self, seen):
-        self.seen = seen
-
-    def on_train_begin(self, *args, **kwargs):
-        self.seen.clear()
-
-
-def make_trainer(
-    tmp_path, callbacks=(), train=None, model=None, evaluation=None, kind=Trainer, args=TrainingArguments, **options
-):
-    settings = {
-        "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "report_to": [],
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 5,
-    }
-    seen = []
-
-    def collate_and_note(rows):
-        seen.append([row["input_ids"][0] - 3 for row in rows])
-        return collate(rows)
-
-    trainer = kind(
-        build_model() if model is None else model,
-        args=args(**{**settings, **options}),
-        train_dataset=Dataset.from_list(rows_with_id()) if train is None else train,
-        eval_dataset=evaluation,
-        data_collator=collate_and_note,
-        callbacks=[*callbacks, FromHereOn(seen)],
-    )
-    trainer.seen = seen
-    return trainer
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def drawn(trainer):
-    return [i for batch in trainer.seen for i in batch]
 
 
 @pytest.mark.parametrize(
@@ -173,14 +114,6 @@ def test_scores_are_those_of_the_scorer_and_the_log_says_what_was_done(tmp_path)
     assert np.corrcoef(counts, callback.weights)[0, 1] > 0.8
 
 
-@pytest.fixture
-def plain(monkeypatch):
-    """Nobody has configured logging, as in a plain script."""
-    log = logging.getLogger("forvalue_callbacks")
-    monkeypatch.setattr(log, "propagate", False)
-    monkeypatch.setattr(log, "handlers", [])
-
-
 def test_a_plain_script_is_told_before_during_and_after_the_work_once(tmp_path, capfd, plain):
     callback = ForValueCallback(VALIDATION, Drop(0.25))
     make_trainer(tmp_path, [callback], disable_tqdm=False, max_steps=1).train()
@@ -209,17 +142,6 @@ def test_bars_are_those_of_the_trainer_and_verbose_turns_all_of_it_off(tmp_path,
     said = capfd.readouterr().err
     assert "policy      keep:16 keeps 16 rows and drops 3" in said
     assert "2 of 2: rows to score: 100%" in said
-
-
-class Passes:
-    """Forward passes of a model."""
-
-    def __init__(self, model):
-        self.n = 0
-        model.base_model.register_forward_hook(self.count)
-
-    def count(self, *_):
-        self.n += 1
 
 
 def test_nothing_of_ours_is_in_the_dictionaries_of_others(tmp_path):
@@ -446,31 +368,6 @@ def test_packed_and_streaming_rows_are_refused_with_the_way_out(tmp_path):
         make_sft(tmp_path, [ForValueCallback(VALIDATION)], packing=True, max_length=64).train()
 
 
-def make_sft(tmp_path, callbacks=(), train=None, peft_config=None, **options):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    settings = {
-        "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "per_device_train_batch_size": 8,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-    }
-    return SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32),
-        args=SFTConfig(**{**settings, **options}),
-        train_dataset=instructions(40, seed=0, noise=0.2) if train is None else train,
-        processing_class=AutoTokenizer.from_pretrained(TINY_MODEL),
-        peft_config=peft_config,
-        callbacks=list(callbacks),
-    )
-
-
 @pytest.mark.parametrize("peft", [False, True])
 def test_sft_trainer_with_raw_validation_rows(tmp_path, peft):
     """The validation rows are prepared by the trainer's own settings, the scores those of the plain model."""
@@ -525,8 +422,9 @@ import json, sys, torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 sys.path.insert(0, sys.argv[1])
-from conftest import build_model
-from test_callback import VALIDATION, Drop, FromHereOn, ForValueCallback, ForValueConfig, collate, rows_with_id
+from helpers.models import build_model
+from helpers.trainers import VALIDATION, FromHereOn, collate, rows_with_id
+from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig
 
 seen = []
 def note(rows):

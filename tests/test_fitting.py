@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
-from test_core import HEADS, D, V, make, naive_log_p, relative
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, core
 from forvalue_callbacks.core.fit import RIDGES, fit_head
+from helpers.models import build_model, build_rows
+from helpers.oracles import HEADS, D, V, make, naive_log_p, relative
 
 # Rows that come three times: what is learned from one helps with another, so the fit does move the head.
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2) * 3

@@ -1,11 +1,11 @@
 import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, build_model, build_rows
-from oracles import row_gradient
 
 from forvalue_callbacks.model.backbone import Backbone, left_as_found
 from forvalue_callbacks.model.unembedding import linear_map
+from helpers.models import ARCHITECTURES, VOCAB, build_model, build_rows
+from helpers.oracles import row_gradient
 
 
 def batch(padding="right"):

@@ -9,29 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
 from datasets import Dataset
-from oracles import relative
-from test_scorer import llava
 from transformers import Trainer, TrainingArguments
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, prefilter
 from forvalue_callbacks.methods.label_model import MAX_FEATURES, _half_whitened, fit_labels
 from forvalue_callbacks.scores.scores import auc
+from helpers.models import build_model, llava, rows_of
+from helpers.oracles import relative
 
 CONFIG = ForValueConfig(method="label_model")
-
-
-def rows_of(n, seed, noise=0.0):
-    """Rows whose prompt holds the token that decides the answer, one of three; and which answers are wrong."""
-    rng = np.random.default_rng(seed)
-    rows, wrong = [], rng.random(n) < noise
-    for is_wrong in wrong:
-        kind = int(rng.integers(3))
-        prompt = [*rng.integers(20, 60, int(rng.integers(2, 6))).tolist(), 3 + kind]
-        answer = 10 + (kind + (int(rng.integers(1, 3)) if is_wrong else 0)) % 3
-        rows.append({"input_ids": [*prompt, answer], "labels": [-100] * len(prompt) + [answer]})
-    return rows, wrong
 
 
 def clusters(n, seed, noise=0.0, k=4, d=6, apart=2.0):
@@ -203,8 +190,8 @@ def test_prefilter_drops_wrong_answers(tmp_path):
 RANKS = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])
-from conftest import build_model
-from test_labels import rows_of
+from helpers.models import build_model
+from helpers.models import rows_of
 from forvalue_callbacks import ForValueConfig, ForValueScorer
 torch.distributed.init_process_group("gloo")  # and no accelerate
 rank = torch.distributed.get_rank()

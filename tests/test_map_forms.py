@@ -3,11 +3,11 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import build_model, build_rows
 from datasets import Dataset
-from tokenizers_for_tests import build_tokenizer, chatml
 
 from forvalue_callbacks import ForValueScorer, ForValueTransform
+from helpers.models import build_model, build_rows
+from helpers.tokenizers import build_tokenizer, chatml
 
 TRAIN, VALIDATION = build_rows(6, seed=1), build_rows(5, seed=2)
 BAD = {"input_ids": [5, 6], "labels": [-100, -100]}

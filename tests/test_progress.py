@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueScores
 from forvalue_callbacks import progress as module
@@ -17,6 +16,7 @@ from forvalue_callbacks.data.corruption import KINDS
 from forvalue_callbacks.methods import auto
 from forvalue_callbacks.methods import measures as evidence
 from forvalue_callbacks.progress import Pass, Plan, Progress, duration, speaking
+from helpers.models import build_model, build_rows
 
 TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
 

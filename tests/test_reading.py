@@ -6,11 +6,8 @@ import sqlite3
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 from datasets import Dataset
 from PIL import Image
-from test_scorer import llava
-from tokenizers_for_tests import EOS, build_tokenizer
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -28,6 +25,8 @@ from forvalue_callbacks.data.collated import Collated, Collating, only_pads
 from forvalue_callbacks.data.reading import copied, kept
 from forvalue_callbacks.data.sft import Row, RowConfig, RowPreparer
 from forvalue_callbacks.trainer.callback import settings_of
+from helpers.models import build_model, build_rows, llava
+from helpers.tokenizers import EOS, build_tokenizer
 
 ROWS = build_rows(6, seed=3)
 VALIDATION = build_rows(4, seed=4)

@@ -7,16 +7,16 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 from datasets import Dataset
-from test_scorer import llava, relative
-from tokenizers_for_tests import build_tokenizer
 from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
 from forvalue_callbacks.data.collated import NotTogetherError, together
 from forvalue_callbacks.data.corruption import corrupted
 from forvalue_callbacks.data.reading import OwnRandomness, examples_of
+from helpers.models import build_model, build_rows, llava
+from helpers.oracles import relative
+from helpers.tokenizers import build_tokenizer
 
 ROWS, VALIDATION = build_rows(6, seed=1), build_rows(5, seed=2)
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 from datasets import Dataset
-from test_callback import TRAIN, VALIDATION, Passes, drawn, make_trainer, rows_with_id
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainingArguments
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, ForValueScores, Keep, prefilter
 from forvalue_callbacks.trainer.callback import SCORES_FILE
+from helpers.models import build_model, build_rows
+from helpers.trainers import TRAIN, VALIDATION, Passes, drawn, make_trainer, rows_with_id
 
 AUTO = Drop("auto")
 LABELS = ForValueConfig(method="label_model")

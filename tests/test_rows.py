@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers_for_tests import EOS, build_tokenizer, chatml
 from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM, LlavaProcessor
 from trl import SFTConfig, SFTTrainer, TrlParser
+
+from helpers.tokenizers import EOS, build_tokenizer, chatml
 
 try:
     from trl.chat_template_utils import qwen2_5_chat_template
@@ -493,7 +494,7 @@ import sys
 sys.modules["trl"] = None
 sys.path.insert(0, sys.argv[1])
 from forvalue_callbacks.data.sft import RowConfig, RowPreparer
-from tokenizers_for_tests import build_tokenizer, chatml
+from helpers.tokenizers import build_tokenizer, chatml
 
 chat = [{"role": "user", "content": "what is the sky"}, {"role": "assistant", "content": "blue"}]
 shared = [{"from": turn["role"], "value": turn["content"]} for turn in chat]

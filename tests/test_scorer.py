@@ -4,13 +4,19 @@ import threading
 import numpy as np
 import pytest
 import torch
-import transformers
-from conftest import ARCHITECTURES, build_model, build_rows
-from oracles import relative, row_gradient, score_by_autograd, score_by_double_sum
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
 from forvalue_callbacks.data.sft import RowConfig
 from forvalue_callbacks.model import run as batching
+from helpers.models import ARCHITECTURES, build_model, build_rows, llava
+from helpers.oracles import (
+    hidden_states,
+    inverse_second_moment,
+    relative,
+    row_gradient,
+    score_by_autograd,
+    score_by_double_sum,
+)
 
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
 
@@ -157,20 +163,6 @@ def test_normalize_divides_by_tokens_or_by_the_rows_own_norm(method):
     norms = [float((g @ metric.to(g) * g).sum().sqrt()) for g in gradients]
     cosine = score(model, method=method, normalize="cosine").values
     assert relative(cosine, plain.values / norms) < 1e-10
-
-
-def hidden_states(model, row):
-    """Inputs of the head at the positions that predict the row's labels, (T, D)."""
-    with torch.no_grad():
-        states = model.base_model(input_ids=torch.tensor([row["input_ids"][:-1]])).last_hidden_state[0]
-    return states[torch.tensor(row["labels"][1:]) != -100]
-
-
-def inverse_second_moment(model, rows):
-    """Written out: (A + 0.01 mean(diag A) I)^-1, A the mean of h h^T over all labelled positions."""
-    hidden = torch.cat([hidden_states(model, row) for row in rows])
-    moment = sum(torch.outer(h, h) for h in hidden) / len(hidden)
-    return torch.linalg.inv(moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype))
 
 
 def test_whitened_scores_are_those_of_the_inverse_second_moment_written_out():
@@ -445,29 +437,6 @@ def test_bad_settings_say_what_would_be_right():
 
 def test_an_empty_data_set_gives_no_scores():
     assert len(score(build_model(), [])) == 0
-
-
-def llava():
-    """A VLM of a few thousand parameters, rows with an image each, and the collator that makes its inputs."""
-    torch.manual_seed(0)
-    text = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}
-    config = transformers.LlavaConfig(
-        text_config={"model_type": "llama", **text, "num_attention_heads": 4},
-        vision_config={"model_type": "clip_vision_model", **vision, "num_attention_heads": 2},
-        image_token_index=66,
-        image_seq_length=4,
-    )
-    model = transformers.LlavaForConditionalGeneration(config).double().eval()
-    rows = [{"image": torch.randn(3, 8, 8).tolist(), "text": list(range(3 + i, 9 + i))} for i in range(10)]
-
-    def collate(examples):
-        ids = torch.tensor([[66] * 4 + example["text"] for example in examples])
-        labels = torch.where(torch.arange(ids.shape[1]) < 7, -100, ids)
-        pixels = torch.tensor([example["image"] for example in examples], dtype=torch.float64)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
-
-    return model, rows, collate
 
 
 def test_vlm_rows_go_through_the_collator_and_equal_autograd():

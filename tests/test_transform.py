@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 from datasets import Dataset, IterableDataset
-from oracles import relative
 from transformers import AutoModelForCausalLM
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, ForValueTransform
+from helpers.models import build_model, build_rows
+from helpers.oracles import relative
 
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
 
@@ -45,7 +45,7 @@ def test_streams_are_scored_as_they_come():
 WORKERS = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-from conftest import build_model, build_rows
+from helpers.models import build_model, build_rows
 from datasets import Dataset
 from forvalue_callbacks import ForValueTransform
 
@@ -97,7 +97,7 @@ def test_the_seen_vocabulary_needs_more_than_a_batch():
 MAP = """
 import json, sys, peft
 sys.path.insert(0, {tests!r})
-from conftest import build_model, build_rows
+from helpers.models import build_model, build_rows
 from datasets import load_from_disk
 from forvalue_callbacks import ForValueConfig, ForValueTransform
 
