@@ -1,8 +1,8 @@
 """Tiny models built in code, one per way in which an architecture turns hidden states into logits, and their rows."""
 
-import numpy as np
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 VOCAB = 67
 _COMMON = {
@@ -61,18 +61,6 @@ def build_rows(n, seed=0, vocab=VOCAB, longest=14):
     return rows
 
 
-def rows_of(n, seed, noise=0.0):
-    """Rows whose prompt holds the token that decides the answer, one of three; and which answers are wrong."""
-    rng = np.random.default_rng(seed)
-    rows, wrong = [], rng.random(n) < noise
-    for is_wrong in wrong:
-        kind = int(rng.integers(3))
-        prompt = [*rng.integers(20, 60, int(rng.integers(2, 6))).tolist(), 3 + kind]
-        answer = 10 + (kind + (int(rng.integers(1, 3)) if is_wrong else 0)) % 3
-        rows.append({"input_ids": [*prompt, answer], "labels": [-100] * len(prompt) + [answer]})
-    return rows, wrong
-
-
 def llava():
     """A VLM of a few thousand parameters, rows with an image each, and the collator that makes its inputs."""
     torch.manual_seed(0)
@@ -94,3 +82,22 @@ def llava():
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
 
     return model, rows, collate
+
+
+def batch(padding="right"):
+    """Two rows of random tokens, 9 and 6, padded on either side."""
+    torch.manual_seed(1)
+    ids, mask = torch.randint(3, VOCAB, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, slice(0, 3) if padding == "left" else slice(6, 9)] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def lora_model(architecture="llama", dtype=torch.float64, targets=("q_proj", "v_proj"), **settings):
+    base = build_model(architecture, dtype)
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=12, target_modules=list(targets), **settings)).to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.3)
+    return model.eval()

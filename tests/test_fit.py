@@ -1,9 +1,12 @@
+"""The head fitted on positions, and the softmax regression: optima of the naive problems."""
+
 import numpy as np
 import pytest
 import torch
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, core
 from forvalue_callbacks.core.fit import RIDGES, fit_head
+from forvalue_callbacks.core.softmax import fit_softmax
 from helpers.models import build_model, build_rows
 from helpers.oracles import HEADS, D, V, make, naive_log_p, relative
 
@@ -154,3 +157,13 @@ def test_what_has_no_meaning_for_a_finite_step_is_refused():
         ForValueConfig(method="fitted", normalize="cosine")
     with pytest.raises(ValueError, match="pairwise"):
         ForValueScorer(build_model(), VALIDATION, ForValueConfig(method="fitted")).pairwise(TRAIN)
+
+
+def test_the_softmax_is_fitted_to_its_optimum():
+    torch.manual_seed(0)
+    x, targets = torch.randn(80, 4, dtype=torch.float64), torch.rand(80, 3, dtype=torch.float64)
+    fitted = fit_softmax(x, targets, ridge=2.0).requires_grad_(True)
+    log_p = (x @ fitted[:-1] + fitted[-1]).log_softmax(1)
+    objective = (targets * log_p).sum() - fitted[:-1].square().sum() - 0.5e-2 * fitted[-1].square().sum()
+    (gradient,) = torch.autograd.grad(objective, fitted)
+    assert float(gradient.abs().max()) < 1e-3
