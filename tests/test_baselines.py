@@ -12,10 +12,21 @@ from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGenerati
 from trl import SFTConfig, SFTTrainer
 
 from forvalue_callbacks import TINY_MODEL, baselines
-from helpers.models import build_model, build_rows, lora_model
+from helpers.models import build_model, build_rows
 from helpers.oracles import relative
 
 # ---- per-sample gradients ----
+
+
+def lora_model(architecture="llama", dtype=torch.float64, targets=("q_proj", "v_proj"), **settings):
+    base = build_model(architecture, dtype)
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=12, target_modules=list(targets), **settings)).to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.3)
+    return model.eval()
 
 
 def gradients_by_backward(model, rows):

@@ -148,9 +148,6 @@ def test_outlier_gradients_finds_the_odd_row_out():
     assert int(baselines.outlier_gradients(rows).argmin()) == 17
 
 
-# ---- per-sample gradients ----
-
-
 def test_gradients_are_zero_for_a_before_the_first_step_and_every_method_stands_that():
     model = get_peft_model(build_model(dtype=torch.float64), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     rows, validation = (baselines.gradients(model, build_rows(n, seed=n)) for n in (6, 2))

@@ -31,9 +31,10 @@ CONFIG = ForValueConfig(method="label_model")
 # ---- the fit ----
 
 
-def clusters(n, seed, noise, k=4, d=6):
+def clusters(n, seed, noise=0.0, k=4, d=6, apart=2.0):
+    """Features around the centre of their true answer, the true answers, those given, and which of these are wrong."""
     generator = torch.Generator().manual_seed(seed)
-    centers = 2 * torch.randn(k, d, generator=torch.Generator().manual_seed(99))
+    centers = apart * torch.randn(k, d, generator=torch.Generator().manual_seed(99))
     true = torch.randint(k, (n,), generator=generator)
     x = centers[true] + torch.randn(n, d, generator=generator)
     wrong = torch.rand(n, generator=generator) < noise
@@ -132,24 +133,15 @@ def test_one_answer_cannot_be_wrong():
         fit_labels(x, np.zeros(10, dtype=int), x, np.zeros(10, dtype=int))
 
 
-def spread(n, seed, noise=0.0, k=4, d=6, apart=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    centers = apart * torch.randn(k, d, generator=torch.Generator().manual_seed(99))
-    true = torch.randint(k, (n,), generator=generator)
-    wrong = torch.rand(n, generator=generator) < noise
-    observed = torch.where(wrong, (true + torch.randint(1, k, (n,), generator=generator)) % k, true)
-    return centers[true] + torch.randn(n, d, generator=generator), observed.numpy(), wrong.numpy()
-
-
 def test_names_of_answers_do_not_matter():
-    (known, answers, _), (x, observed, _) = spread(60, 0), spread(200, 1, 0.3)
+    (known, answers, *_), (x, _, observed, _) = clusters(60, 0), clusters(200, 1, 0.3)
     plain, renamed = (fit_labels(known, f(answers), x, f(observed)) for f in (lambda a: a, lambda a: 7 * a + 1000))
     np.testing.assert_array_equal(plain.log_odds, renamed.log_odds)
     assert plain.noise_share == renamed.noise_share
 
 
 def test_answers_that_come_once_get_low_odds_and_leave_the_others_alone():
-    (known, answers, _), (x, observed, _) = spread(60, 0, apart=1.0), spread(400, 1, apart=1.0)
+    (known, answers, *_), (x, _, observed, _) = clusters(60, 0, apart=1.0), clusters(400, 1, apart=1.0)
     odd = np.arange(0, 400, 8)
     changed = observed.copy()
     changed[odd] = 100 + np.arange(len(odd))
@@ -164,7 +156,7 @@ def test_answers_that_come_once_get_low_odds_and_leave_the_others_alone():
     "case", ["one known answer", "one row of a class", "three validation rows", "one row to score"]
 )
 def test_few_rows_or_answers_are_fitted_all_the_same(case):
-    (known, answers, _), (x, observed, _) = spread(60, 0), spread(100, 1)
+    (known, answers, *_), (x, _, observed, _) = clusters(60, 0), clusters(100, 1)
     if case == "one known answer":
         known, answers = known[torch.from_numpy(answers == 0)], answers[answers == 0]
     elif case == "one row of a class":
@@ -182,7 +174,7 @@ def test_few_rows_or_answers_are_fitted_all_the_same(case):
 
 
 def test_features_that_are_not_finite_are_refused():
-    known, answers, _ = spread(20, 0)
+    known, answers, *_ = clusters(20, 0)
     with pytest.raises(ValueError, match="not finite"):
         fit_labels(known, answers, torch.full((5, 6), torch.nan), np.zeros(5, dtype=int))
 

@@ -84,7 +84,7 @@ def test_data_sets_of_every_kind_are_read_in_order(kind):
     assert scores_of(kind(ROWS)).values.tolist() == expected.tolist()
     scorer = ForValueScorer(build_model(), kind(ROWS), progress=False)
     assert scorer.score(VALIDATION).reasons == [None] * 4
-    assert scorer._n_validation == 6
+    assert scorer.pairwise(VALIDATION).shape == (4, 6)
 
 
 def test_a_mapping_of_data_sets_is_refused():

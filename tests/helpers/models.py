@@ -2,7 +2,6 @@
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 
 VOCAB = 67
 _COMMON = {
@@ -90,14 +89,3 @@ def batch(padding="right"):
     ids, mask = torch.randint(3, VOCAB, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[0, slice(0, 3) if padding == "left" else slice(6, 9)] = 0
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def lora_model(architecture="llama", dtype=torch.float64, targets=("q_proj", "v_proj"), **settings):
-    base = build_model(architecture, dtype)
-    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=12, target_modules=list(targets), **settings)).to(dtype)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.3)
-    return model.eval()
