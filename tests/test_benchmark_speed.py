@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from test_compare_influence import load
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
+from helpers.recipes import load
 
 recipe = load("benchmark_speed")
 SMALL = {"shape": "tiny", "rows": 5, "length": 12, "validation_rows": 3, "repeats": 1}

@@ -1,21 +1,18 @@
+"""The callback in a trainer: scores, weights, what is said, what is left as found, ranks."""
+
 import json
-import logging
 import os
-import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 from datasets import Dataset, IterableDataset
-from oracles import relative
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from forvalue_callbacks import (
     TINY_MODEL,
@@ -30,27 +27,20 @@ from forvalue_callbacks import (
     prefilter,
 )
 from forvalue_callbacks.policies import Policy
-from forvalue_callbacks.report.words import numbers
-from forvalue_callbacks.tiny import instructions
+from forvalue_callbacks.tiny.world import instructions
 from forvalue_callbacks.trainer.callback import SCORES_FILE, apply_policy
-from forvalue_callbacks.trainer.trackers import report
-
-TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
-
-
-def rows_with_id(rows=TRAIN):
-    """The first token names the row, so that what is drawn can be read off a batch."""
-    return [{**row, "input_ids": [3 + i, *row["input_ids"][1:]]} for i, row in enumerate(rows)]
-
-
-def collate(rows):
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def pad(name, filler):
-        return torch.tensor([row[name] + [filler] * (longest - len(row["input_ids"])) for row in rows])
-
-    batch = {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100)}
-    return {**batch, "attention_mask": (batch["input_ids"] != 0).long()}
+from helpers.models import build_model
+from helpers.oracles import relative
+from helpers.trainers import (
+    TRAIN,
+    VALIDATION,
+    Passes,
+    drawn,
+    losses,
+    make_sft,
+    make_trainer,
+    rows_with_id,
+)
 
 
 class Record(TrainerCallback):
@@ -61,57 +51,6 @@ class Record(TrainerCallback):
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         self.rates.append(lr_scheduler.get_last_lr()[0])
-
-
-class FromHereOn(TrainerCallback):
-    """Forgets what a collator has noted while the rows were scored: they go through it too."""
-
-    def __init__(self, seen):
-        self.seen = seen
-
-    def on_train_begin(self, *args, **kwargs):
-        self.seen.clear()
-
-
-def make_trainer(
-    tmp_path, callbacks=(), train=None, model=None, evaluation=None, kind=Trainer, args=TrainingArguments, **options
-):
-    settings = {
-        "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "report_to": [],
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 5,
-    }
-    seen = []
-
-    def collate_and_note(rows):
-        seen.append([row["input_ids"][0] - 3 for row in rows])
-        return collate(rows)
-
-    trainer = kind(
-        build_model() if model is None else model,
-        args=args(**{**settings, **options}),
-        train_dataset=Dataset.from_list(rows_with_id()) if train is None else train,
-        eval_dataset=evaluation,
-        data_collator=collate_and_note,
-        callbacks=[*callbacks, FromHereOn(seen)],
-    )
-    trainer.seen = seen
-    return trainer
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def drawn(trainer):
-    return [i for batch in trainer.seen for i in batch]
 
 
 @pytest.mark.parametrize(
@@ -173,14 +112,6 @@ def test_scores_are_those_of_the_scorer_and_the_log_says_what_was_done(tmp_path)
     assert np.corrcoef(counts, callback.weights)[0, 1] > 0.8
 
 
-@pytest.fixture
-def plain(monkeypatch):
-    """Nobody has configured logging, as in a plain script."""
-    log = logging.getLogger("forvalue_callbacks")
-    monkeypatch.setattr(log, "propagate", False)
-    monkeypatch.setattr(log, "handlers", [])
-
-
 def test_a_plain_script_is_told_before_during_and_after_the_work_once(tmp_path, capfd, plain):
     callback = ForValueCallback(VALIDATION, Drop(0.25))
     make_trainer(tmp_path, [callback], disable_tqdm=False, max_steps=1).train()
@@ -211,85 +142,6 @@ def test_bars_are_those_of_the_trainer_and_verbose_turns_all_of_it_off(tmp_path,
     assert "2 of 2: rows to score: 100%" in said
 
 
-class Passes:
-    """Forward passes of a model."""
-
-    def __init__(self, model):
-        self.n = 0
-        model.base_model.register_forward_hook(self.count)
-
-    def count(self, *_):
-        self.n += 1
-
-
-def test_nothing_of_ours_is_in_the_dictionaries_of_others(tmp_path):
-    """A search over hyperparameters sums up the metrics of an evaluation."""
-    logged = []
-
-    class Look(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            logged.append(set(logs))
-
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            logged.append(set(metrics))
-
-    callbacks = [Look(), ForValueCallback(VALIDATION), Look()]
-    evaluation = Dataset.from_list(rows_with_id()[:4])
-    trainer = make_trainer(tmp_path, callbacks, evaluation=evaluation, eval_strategy="epoch", num_train_epochs=1)
-    trainer.train()
-    assert logged
-    assert not any(name.startswith("forvalue") for names in logged for name in names)
-    assert json.loads(json.dumps(trainer.state.log_history)) == trainer.state.log_history
-
-
-@pytest.mark.parametrize("named", [False, pytest.param(True, marks=pytest.mark.newest)])  # transformers 4: an argument
-def test_the_numbers_reach_tensorboard(tmp_path, named, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    if named:
-        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
-    trainer = make_trainer(
-        tmp_path, [ForValueCallback(VALIDATION, Drop(0.25))], report_to=["tensorboard"], max_steps=1
-    )
-    trainer.train()
-    ours, theirs = sorted((tmp_path / ("elsewhere" if named else "runs")).rglob("events.out.tfevents.*"))
-    assert ours.parent == theirs.parent
-    entry = next(e for e in trainer.state.log_history if "forvalue_kept" in e)
-    for read in (ours, ours.parent):  # the folder as TensorBoard reads it: file after file, never back
-        events = EventAccumulator(str(read)).Reload()
-        for name in ("forvalue_kept", "forvalue_dropped", "forvalue_draws_per_kept_row_mean"):
-            (event,) = events.Scalars(f"train/{name}")
-            assert (event.step, event.value) == (0, pytest.approx(entry[name]))
-    assert "train/loss" in events.Tags()["scalars"]  # as without us
-    assert "train/loss" in EventAccumulator(str(theirs)).Reload().Tags()["scalars"]
-
-
-def test_the_numbers_reach_a_run_of_wandb_where_the_trainer_reports_to_it(monkeypatch):
-    logged = []
-    run = types.SimpleNamespace(log=logged.append)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=run))
-    report(types.SimpleNamespace(report_to=["wandb"]), 7, {"forvalue_kept": 3})
-    assert logged == [{"train/forvalue_kept": 3, "train/global_step": 7}]
-    report(types.SimpleNamespace(report_to=[]), 7, {"forvalue_kept": 3})
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=None))
-    report(types.SimpleNamespace(report_to=["wandb"]), 7, {"forvalue_kept": 3})
-    assert len(logged) == 1
-
-
-def test_shares_and_evidence_are_among_the_numbers():
-    scores = ForValueScores([1.0, -2.0], [None, None], [-1.0, -1.0], [2, 2])
-    scores.metadata["noise"] = {
-        "share": 0.4,
-        "shares": {"swapped": 0.3, "words deleted": 0.1},
-        "held_out": {"swapped": {"auc": 0.9}, "words deleted": {"auc": 0.7}},
-    }
-    found = numbers(scores, np.array([1.0, 0.0]), 1.0)
-    assert found["forvalue_noise_share"] == 0.4
-    assert found["forvalue_share_words_deleted"] == 0.1
-    assert found["forvalue_auc_swapped"] == 0.9
-
-
 def test_the_model_is_left_exactly_as_found(tmp_path):
     model = build_model()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -309,82 +161,6 @@ def test_the_model_is_left_exactly_as_found(tmp_path):
     assert (before.modes, before.hooks) == (after.modes, after.hooks)
     assert all(g is None for g in after.grads)
     assert after.same
-
-
-@pytest.mark.parametrize("step", [6, 8], ids=["between epochs", "within an epoch"])
-def test_a_resumed_run_reuses_its_scores_and_goes_on_as_if_never_stopped(tmp_path, step, monkeypatch):
-    options = {"save_strategy": "steps", "save_steps": step}
-    whole = make_trainer(tmp_path, [ForValueCallback(VALIDATION, Drop(0.25))], **options)
-    whole.train()
-    checkpoint = tmp_path / f"checkpoint-{step}"
-    assert (checkpoint / SCORES_FILE).is_file()
-    (tmp_path / SCORES_FILE).unlink()
-
-    def refuse(self, dataset):
-        raise AssertionError("a resumed run must not score with trained weights")
-
-    monkeypatch.setattr(ForValueScorer, "score", refuse)
-    callback = ForValueCallback(VALIDATION, Drop(0.25))
-    resumed = make_trainer(tmp_path, [callback], **options)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert np.array_equal(callback.scores.values, ForValueScores.load(checkpoint / SCORES_FILE).values, equal_nan=True)
-    assert losses(resumed)[-(12 - step) :] == losses(whole)[-(12 - step) :]
-
-
-def test_scores_of_other_data_are_not_reused(tmp_path):
-    make_trainer(tmp_path, [ForValueCallback(VALIDATION)]).train()
-    other = ForValueCallback(build_rows(6, seed=3))
-    make_trainer(tmp_path, [other]).train()
-    want = ForValueScorer(build_model(), build_rows(6, seed=3), progress=False).score(rows_with_id())
-    assert relative(other.scores.values, want.values) < 1e-5
-
-
-class SmallMemory(Trainer):
-    """Runs out of memory in the third step while the batch is larger than 4."""
-
-    def compute_loss(self, model, inputs, *args, **options):
-        if len(inputs["input_ids"]) > 4 and self.state.global_step >= 2:
-            raise RuntimeError("CUDA out of memory. Tried to allocate")
-        return super().compute_loss(model, inputs, *args, **options)
-
-
-def test_a_run_that_begins_again_with_smaller_batches_keeps_its_scores_and_says_so(tmp_path, capfd, plain):
-    callback = ForValueCallback(VALIDATION, Drop(0.25))
-    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 8, "num_train_epochs": 1}
-    trainer = make_trainer(tmp_path, [callback], kind=SmallMemory, **options)
-    trainer.train()
-    want = ForValueScorer(build_model(), VALIDATION, progress=False).score(rows_with_id())
-    assert trainer.state.train_batch_size < 8
-    assert np.array_equal(callback.scores.values, want.values)
-    said = capfd.readouterr().err
-    assert "the run begins again, with the scores made before its first step" in said
-    assert said.count("For-Value (gradient): scoring") == said.count("policy      ") == 1
-    assert set(np.flatnonzero(callback.weights == 0)).isdisjoint(drawn(trainer))
-
-
-def test_a_second_run_on_trained_weights_scores_anew_and_says_that_they_are_trained(tmp_path, caplog):
-    callback = ForValueCallback(VALIDATION)
-    trainer = make_trainer(tmp_path, [callback], max_steps=2)
-    trainer.train()
-    first = callback.scores
-    (tmp_path / SCORES_FILE).unlink()
-    trainer.train()
-    assert not np.allclose(callback.scores.values, first.values)
-    assert "the scores of the last run are not used again, they were made of other weights; the model has been " in (
-        caplog.text
-    )
-    assert not re.search(r"[0-9a-f]{16}", caplog.text)  # no hash is for people
-    trainer = make_trainer(tmp_path / "b", [callback], max_steps=1)  # a new model, as it was in the beginning
-    caplog.clear()
-    trainer.train()
-    assert np.array_equal(callback.scores.values, first.values)
-
-
-def test_a_file_of_scores_that_cannot_be_read_is_no_hindrance(tmp_path, caplog):
-    (tmp_path / SCORES_FILE).write_bytes(b"PAR1, but no more of it")
-    make_trainer(tmp_path, [ForValueCallback(VALIDATION)], max_steps=1).train()
-    assert "cannot be read as scores" in caplog.text
-    assert len(ForValueScores.load(tmp_path / SCORES_FILE)) == 24
 
 
 class Nobody(Policy):
@@ -446,31 +222,6 @@ def test_packed_and_streaming_rows_are_refused_with_the_way_out(tmp_path):
         make_sft(tmp_path, [ForValueCallback(VALIDATION)], packing=True, max_length=64).train()
 
 
-def make_sft(tmp_path, callbacks=(), train=None, peft_config=None, **options):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    settings = {
-        "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "per_device_train_batch_size": 8,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-    }
-    return SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32),
-        args=SFTConfig(**{**settings, **options}),
-        train_dataset=instructions(40, seed=0, noise=0.2) if train is None else train,
-        processing_class=AutoTokenizer.from_pretrained(TINY_MODEL),
-        peft_config=peft_config,
-        callbacks=list(callbacks),
-    )
-
-
 @pytest.mark.parametrize("peft", [False, True])
 def test_sft_trainer_with_raw_validation_rows(tmp_path, peft):
     """The validation rows are prepared by the trainer's own settings, the scores those of the plain model."""
@@ -484,20 +235,6 @@ def test_sft_trainer_with_raw_validation_rows(tmp_path, peft):
     want = ForValueScorer(plain.model, prepared, progress=False).score(plain.train_dataset)
     assert relative(callback.scores.values, want.values) < 1e-4
     assert (callback.weights == 0).sum() == 20
-
-
-def test_prefilter_shortens_the_data_set_and_the_run(tmp_path):
-    trainer = make_sft(tmp_path, max_steps=-1, num_train_epochs=1)
-    rows = trainer.train_dataset
-    scores = prefilter(trainer, instructions(10, seed=1), Keep(16))
-    assert len(trainer.train_dataset) == 16
-    assert trainer.train_dataset["prompt"] == [rows["prompt"][i] for i in sorted(np.argsort(-scores.values)[:16])]
-    trainer.train()
-    assert trainer.state.global_step == 2
-    with pytest.raises(ValueError, match=r"reweight.*ForValueCallback"):
-        prefilter(trainer, instructions(10, seed=1), Reweight(1.0))
-    with pytest.raises(ValueError, match="validation_dataset"):
-        prefilter(trainer)
 
 
 def test_a_collators_labels_are_the_ones_scored(tmp_path):
@@ -525,8 +262,9 @@ import json, sys, torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 sys.path.insert(0, sys.argv[1])
-from conftest import build_model
-from test_callback import VALIDATION, Drop, FromHereOn, ForValueCallback, ForValueConfig, collate, rows_with_id
+from helpers.models import build_model
+from helpers.trainers import VALIDATION, FromHereOn, collate, rows_with_id
+from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig
 
 seen = []
 def note(rows):

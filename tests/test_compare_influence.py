@@ -1,9 +1,6 @@
 """The recipe that compares For-Value with influence functions: its tasks, its metrics, and a small run."""
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,21 +14,7 @@ from forvalue_callbacks import TINY_MODEL, ForValueConfig, baselines
 from forvalue_callbacks.core import Head
 from forvalue_callbacks.data.sft import Row, RowConfig, RowPreparer
 from forvalue_callbacks.model.run import pad
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-def load(name):
-    sys.path.insert(0, str(RECIPES))  # as `python recipes/...` does
-    try:
-        spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(RECIPES))
-    return module
-
+from helpers.recipes import RECIPES, load
 
 tasks = load("influence_tasks")
 report = load("influence_report")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_compare_influence import RECIPES, load
 from trl import TrlParser
+
+from helpers.recipes import RECIPES, load
 
 tasks = load("vlm_tasks")
 recipe = load("compare_vlm")

@@ -9,46 +9,14 @@ import pytest
 import torch
 
 from forvalue_callbacks import core
+from helpers.oracles import HEADS, T2, D, T, V, make, naive_log_p, relative
 
-V, D, T, T2 = 37, 8, 11, 13
-HEADS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "scale": {"scale": 0.3},
-    "softcap": {"softcap": 2.0},
-    "all": {"bias": True, "scale": 0.7, "softcap": 3.0},
-}
 BLOCKS = [(4, 5), (11, 37), (1, 1), (1000, 1000)]
-
-
-def make(kind="plain", dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    options = dict(HEADS[kind])
-    bias = torch.randn(V, dtype=torch.float64) if options.pop("bias", False) else None
-    head = core.Head(torch.randn(V, D, dtype=torch.float64).to(dtype), bias, **options)
-    hidden = [torch.randn(n, D, dtype=torch.float64).to(dtype) for n in (T, T2)]
-    labels = [torch.randint(V, (n,)) for n in (T, T2)]
-    return head, hidden, labels
-
-
-def naive_log_p(head, weight, hidden, labels):
-    """Written out anew: this file trusts nothing of `Head` but its four fields."""
-    logits = hidden @ weight.T
-    if head.bias is not None:
-        logits = logits + head.bias
-    logits = logits * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits.log_softmax(-1)[torch.arange(len(labels)), labels]
 
 
 def gradient(head, hidden, labels):
     weight = head.weight.double().clone().requires_grad_(True)
     return torch.autograd.grad(naive_log_p(head, weight, hidden.double(), labels).sum(), weight)[0]
-
-
-def relative(got, want):
-    return float((got.double() - want.double()).abs().max() / want.abs().max())
 
 
 @pytest.mark.parametrize("tiles", BLOCKS)

@@ -7,13 +7,13 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
 from forvalue_callbacks.model import fingerprint
 from forvalue_callbacks.model.fingerprint import CHUNK, hash_weights
+from helpers.models import build_model, build_rows
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.complex64, torch.bool]
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueScores
 from forvalue_callbacks import progress as module
@@ -17,6 +16,7 @@ from forvalue_callbacks.data.corruption import KINDS
 from forvalue_callbacks.methods import auto
 from forvalue_callbacks.methods import measures as evidence
 from forvalue_callbacks.progress import Pass, Plan, Progress, duration, speaking
+from helpers.models import build_model, build_rows
 
 TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
 
@@ -89,10 +89,12 @@ def test_durations_are_for_people(seconds, text):
     assert duration(seconds) == text
 
 
-def test_one_bar_goes_over_all_passes_and_ends_full_though_one_is_left_out_and_ranks_differ(capsys):
+def test_one_bar_goes_over_all_passes_and_ends_full_though_one_is_left_out_and_ranks_differ(capsys, monkeypatch):
+    bars, make = [], module.tqdm
+    monkeypatch.setattr(module, "tqdm", lambda **options: bars.append(make(**options)) or bars[-1])
     progress = Progress(lines=False)
     with progress.over("", Plan([Pass("a", 5), Pass("left out", 7), Pass("b", 4)])):
-        bar = progress._bar
+        (bar,) = bars
         assert bar.total == 16
         with progress.part("a", 6):  # one more than was planned
             progress.update(4)
@@ -133,12 +135,17 @@ def unweighed(clean, copies, train, reasons, rng):
     ],
 )
 def test_every_method_says_which_passes_are_to_come_and_makes_them(method, passes, capsys, monkeypatch):
-    made, part = [], Progress.part
+    planned, made, over, part = [], [], Progress.over, Progress.part
+
+    def noted_plan(self, title, plan, *args):
+        planned.append([one.name for one in plan.passes])
+        return over(self, title, plan, *args)
 
     def noted(self, name, rows):
-        made.append((name, rows, self._plan.passes[self._at + 1].name))
+        made.append((name, rows))
         return part(self, name, rows)
 
+    monkeypatch.setattr(Progress, "over", noted_plan)
     monkeypatch.setattr(Progress, "part", noted)
     monkeypatch.setattr(evidence, "fit_head", unfitted)  # the fits take a minute and make no pass
     monkeypatch.setattr(auto, "_scores", unweighed)
@@ -146,17 +153,18 @@ def test_every_method_says_which_passes_are_to_come_and_makes_them(method, passe
     validation = build_rows(40, seed=2) if method == "auto" else VALIDATION
     scorer = ForValueScorer(build_model(), validation, ForValueConfig(method=method))
     scorer.score(TRAIN)
-    assert [name for name, _, _ in made] == [planned for _, _, planned in made] == passes
+    assert planned == [passes]
+    assert [name for name, _ in made] == passes
     said = capsys.readouterr().err
     line = f"For-Value ({method}): scoring 24 rows by {len(validation)} validation rows: {len(passes)} passes ("
     assert said.count(line) == 1
     for k, name in enumerate(passes, 1):
         assert f"\r{k} of {len(passes)}: {name}: " in said
-    total = sum(rows for _, rows, _ in made)
+    total = sum(rows for _, rows in made)
     assert re.search(rf"100%\|█+\| {total}/{total} ", said)
     made.clear()
     scorer.score(TRAIN[:3])  # the validation side is known
-    assert method == "auto" or [(name, rows) for name, rows, _ in made] == [("rows to score", 3)]
+    assert method == "auto" or made == [("rows to score", 3)]
 
 
 def test_label_rows_say_their_passes_and_the_fit(capsys, monkeypatch):

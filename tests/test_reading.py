@@ -1,38 +1,34 @@
-"""The rows scored are the rows trained on: data sets are read as trainers read them, and collators decide."""
+"""The rows scored are the rows trained on: data sets are read as trainers read them, and nothing else notices."""
 
-import copy
+import random
 import sqlite3
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 from datasets import Dataset
 from PIL import Image
-from test_scorer import llava
-from tokenizers_for_tests import EOS, build_tokenizer
 from transformers import (
-    DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
-    DataCollatorWithFlattening,
-    DataCollatorWithPadding,
+    GPT2Config,
+    GPT2LMHeadModel,
     Trainer,
     TrainingArguments,
     default_data_collator,
 )
-from transformers.trainer_utils import RemoveColumnsCollator
 from trl import SFTConfig
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer
-from forvalue_callbacks.data.collated import Collated, Collating, only_pads
-from forvalue_callbacks.data.reading import copied, kept
-from forvalue_callbacks.data.sft import Row, RowConfig, RowPreparer
+from forvalue_callbacks.data.corruption import corrupted
+from forvalue_callbacks.data.reading import OwnRandomness, copied, examples_of, kept
+from forvalue_callbacks.data.sft import RowConfig
 from forvalue_callbacks.trainer.callback import settings_of
+from helpers.models import build_model, build_rows
+from helpers.oracles import relative
+from helpers.tokenizers import build_tokenizer
 
 ROWS = build_rows(6, seed=3)
 VALIDATION = build_rows(4, seed=4)
-IDS = torch.tensor([[5, 6, 7]])
-PAIRS = [{"question": f"the sky {i}", "reply": f"is blue {i}"} for i in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +38,10 @@ def tokenizer():
 
 def scores_of(dataset, **options):
     return ForValueScorer(build_model(), VALIDATION, progress=False, **options).score(dataset)
+
+
+def scorer(model, validation, **options):
+    return ForValueScorer(model, validation, progress=False, **options)
 
 
 # ---- data sets ----
@@ -84,7 +84,7 @@ def test_data_sets_of_every_kind_are_read_in_order(kind):
     assert scores_of(kind(ROWS)).values.tolist() == expected.tolist()
     scorer = ForValueScorer(build_model(), kind(ROWS), progress=False)
     assert scorer.score(VALIDATION).reasons == [None] * 4
-    assert scorer._n_validation == 6
+    assert scorer.pairwise(VALIDATION).shape == (4, 6)
 
 
 def test_a_mapping_of_data_sets_is_refused():
@@ -118,6 +118,23 @@ def test_a_generator_of_validation_rows_is_kept():
     scorer = ForValueScorer(build_model(), (row for row in VALIDATION), progress=False)
     assert scorer.score(ROWS).values.tolist() == scores_of(ROWS).values.tolist()
     assert len(scorer.validation_dataset) == 4
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [{"text": ["a", "b"]}, Dataset.from_list(ROWS).to_pandas(), "a.jsonl"],
+    ids=["columns", "frame", "path"],
+)
+def test_what_is_no_data_set_of_rows_is_refused_by_name(dataset):
+    with pytest.raises(ValueError, match=rf"a {type(dataset).__name__} is no data set of rows: give a list"):
+        scorer(build_model(), VALIDATION).score(dataset)
+
+
+def test_plain_lists_and_data_sets_are_read_as_they_are():
+    dataset = Dataset.from_list(ROWS)
+    assert list(examples_of(dataset)) == list(dataset)
+    assert list(examples_of(ROWS)) == ROWS
+    assert list(examples_of(dataset.with_transform(lambda batch: batch))) == list(dataset)
 
 
 # ---- rows that do not fit ----
@@ -170,203 +187,114 @@ def test_packs_are_recognised_before_anything_else(columns, collator):
         scores_of([*ROWS, {**PACKED, **columns}], data_collator=collator)
 
 
-# ---- collators ----
+def test_one_row_that_needs_what_the_others_do_not_has_a_reason():
+    bad = [{"text": "x"}, {"messages": [{"role": "user", "content": "x"}]}, {"image": "x", "text": "y"}, {"foo": 1}, 3]
+    scores = scorer(build_model(), VALIDATION).score([*ROWS, *bad])
+    assert [reason is None for reason in scores.reasons] == [True] * len(ROWS) + [False] * len(bad)
+    assert "need a tokenizer" in scores.reasons[len(ROWS)]
+    with pytest.raises(ValueError, match=r"no row can be scored: raw rows .* need a tokenizer"):
+        scorer(build_model(), VALIDATION).score([bad[0]] * 3)
 
 
-def answering(tokenizer, first="question", second="reply"):
-    """Makes inputs of raw rows with a template of its own; the reply is labelled."""
-
-    def collate(examples):
-        texts = [("Q: " + row[first] + " A:", " " + row[second]) for row in examples]
-        ids = [[tokenizer(text)["input_ids"] for text in pair] for pair in texts]
-        longest = max(len(a) + len(b) for a, b in ids)
-        rows = [(a + b, [-100] * len(a) + b, longest - len(a) - len(b)) for a, b in ids]
-        return {
-            "input_ids": torch.tensor([tokens + [0] * n for tokens, _, n in rows]),
-            "labels": torch.tensor([labels + [-100] * n for _, labels, n in rows]),
-            "attention_mask": torch.tensor([[1] * len(tokens) + [0] * n for tokens, _, n in rows]),
-        }
-
-    return collate
+# ---- token types ----
 
 
-@pytest.mark.parametrize("names", [("question", "reply"), ("prompt", "completion"), ("messages", "text")])
-def test_rows_are_what_the_collator_makes_of_them(names, tokenizer):
-    """Whatever the columns: a RowPreparer would prepare two of the three in its own way, cut off after 8 tokens."""
-    collate = answering(tokenizer, *names)
-    rows = [dict(zip(names, row.values(), strict=True)) for row in PAIRS]
-    tokens = [{name: values[0].tolist() for name, values in collate([row]).items()} for row in rows]
-    model = build_model("llama")
-    model.resize_token_embeddings(len(tokenizer))
-    options = {"progress": False, "processing_class": tokenizer}
-    by_tokens = ForValueScorer(model, tokens[2:], **options).score(tokens)
-    cut = RowConfig(max_length=8)
-    by_collator = ForValueScorer(model, rows[2:], row_config=cut, data_collator=collate, **options).score(rows)
-    assert by_collator.n_labelled.tolist() == by_tokens.n_labelled.tolist()
-    np.testing.assert_array_equal(by_collator.values, by_tokens.values)
+def typed(rows, of=lambda place: 0):
+    return [{**row, "token_type_ids": [of(i) for i in range(len(row["input_ids"]))]} for row in rows]
 
 
-def test_examples_that_are_no_mappings_are_the_collators(tokenizer):
-    read = Collating(
-        lambda rows: answering(tokenizer)([dict(zip(("question", "reply"), rows[0], strict=True))]), RowPreparer()
+@pytest.fixture
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=67, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, tie_word_embeddings=False
     )
-    assert read.read(("the sky", "is blue")).n_labelled > 0
+    return GPT2LMHeadModel(config).double().eval()
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_raw_validation_rows_are_prepared_where_the_collator_takes_tokens(wrapped, tokenizer):
-    given = []
+def autograd_scores(model, validation, rows):
+    """Of the model's own loss on what a collator makes of each row."""
+    weight = model.get_output_embeddings().weight
+
+    def gradient(row):
+        batch = {column: torch.tensor([values]) for column, values in row.items()}
+        labels = batch.pop("labels")[0, 1:]
+        log_p = model(**batch).logits[0, :-1].log_softmax(-1)[labels != -100]
+        return torch.autograd.grad(log_p.gather(1, labels[labels != -100][:, None]).sum(), weight)[0]
+
+    direction = torch.stack([gradient(row) for row in validation]).mean(0)
+    return [float((direction * gradient(row)).sum()) for row in rows]
+
+
+@pytest.mark.parametrize("of", [lambda place: 0, lambda place: place % 3], ids=["zeros", "others"])
+def test_token_types_are_those_of_training(gpt2, of):
+    """GPT-2 adds the embedding of token 0 where types are 0, and nothing where there are none."""
+    rows, validation = typed(ROWS, of), typed(VALIDATION, of)
+    collator = DataCollatorForSeq2Seq(build_tokenizer())
+    scores = scorer(gpt2, validation, data_collator=collator).score(rows)
+    assert relative(scores.values, autograd_scores(gpt2, validation, rows)) < 1e-10
+
+
+def test_token_types_of_zero_count_without_a_collator_too(gpt2):
+    plain, rows = scorer(gpt2, VALIDATION).score(ROWS), typed(ROWS)
+    scores = scorer(gpt2, typed(VALIDATION)).score(rows)
+    assert relative(scores.values, autograd_scores(gpt2, typed(VALIDATION), rows)) < 1e-10
+    assert relative(plain.values, scores.values) > 0.01
+    assert plain.metadata["provenance"]["data"] != scores.metadata["provenance"]["data"]
+
+
+def test_token_types_go_with_a_copy_that_is_changed(gpt2):
+    item, _ = next(scorer(gpt2, typed(VALIDATION)).batcher.items(typed(ROWS)))
+    assert all(row is None or row.typed for row in corrupted([item.row] * 3, "truncated", np.random.default_rng(0)))
+
+
+def test_token_types_that_the_model_does_not_take_are_not_looked_at():
+    want = scorer(build_model(), VALIDATION).score(ROWS)
+    found = scorer(build_model(), VALIDATION).score(typed(ROWS, lambda place: place % 2))
+    assert found.values.tolist() == want.values.tolist()
+    assert found.metadata == want.metadata
+
+
+# ---- random numbers ----
+
+
+def draws():
+    return random.random(), np.random.random(), torch.rand(1).item()
+
+
+def test_random_numbers_of_rows_are_not_those_of_the_run():
+    class Augmented(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(ROWS)
+
+        def __getitem__(self, index):
+            drawn.append(draws())
+            return ROWS[index]
 
     def collate(examples):
-        ids = torch.tensor([row["input_ids"] for row in examples])
-        given.append(examples)
-        return {"input_ids": ids, "labels": torch.where(ids == ids[0, -1], ids, -100)}
+        drawn.append(draws())
+        return DataCollatorForSeq2Seq(build_tokenizer())(examples)
 
-    collator = RemoveColumnsCollator(collate, ["input_ids", "labels"]) if wrapped else collate
-    collating = Collating(collator, RowPreparer(tokenizer))
-    for text in ("the sky", "is blue"):
-        row = collating.read({"text": text})
-        assert tokenizer.decode(row.input_ids) == text + EOS
-        assert row.n_labelled == 1
-    assert len(given) == 2
-
-
-def test_language_modelling_labels_all_but_padding_and_needs_no_prompt_mask(tokenizer):
-    collating = Collating(DataCollatorForLanguageModeling(tokenizer, mlm=False), RowPreparer(tokenizer))
-    row = collating.read({"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "name": "dropped by the trainer"})
-    assert row.labels.tolist() == [5, 6, 7]  # as it is trained on
-    row = collating.read({"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 0]})
-    assert isinstance(row, Row)
-    assert row.labels.tolist() == [5, 6, 7]
-    found = collating.read({"input_ids": [5, 6, 7], "token_type_ids": [0, 1, 1]})
-    assert isinstance(found, Collated)
-    assert found.labels.tolist() == [5, 6, 7]
+    drawn = []
+    torch.manual_seed(0)
+    found = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+    scorer(build_model(), VALIDATION, data_collator=collate).score(Augmented())
+    torch.manual_seed(0)
+    assert found == (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
+    assert len(drawn) == 2 * len(ROWS) + len(VALIDATION)
 
 
-def test_tokens_masked_at_random_are_refused(tokenizer):
-    tokenizer.add_special_tokens({"mask_token": "<pad>"})
-    for collator in (lambda c: c, lambda c: RemoveColumnsCollator(c, ["input_ids"])):
-        with pytest.raises(ValueError, match="mlm=True masks tokens at random"):
-            Collating(collator(DataCollatorForLanguageModeling(tokenizer)), RowPreparer())
-
-
-def test_collators_that_only_pad_are_passed_by(tokenizer, monkeypatch):
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as OfTrl
-
-    class Own(DataCollatorForSeq2Seq):
-        """May label what it likes."""
-
-    padding = [default_data_collator, DataCollatorForSeq2Seq(tokenizer), DataCollatorWithPadding(tokenizer), OfTrl(0)]
-    for collator in (*padding, RemoveColumnsCollator(default_data_collator, [])):
-        assert only_pads(collator)
-        collating = Collating(collator, RowPreparer(tokenizer))
-        monkeypatch.setattr(collating, "collator", None)
-        assert collating.read(ROWS[0]).labels.tolist() == ROWS[0]["labels"]
-        assert collating.read({"text": "the sky"}).n_labelled > 0
-    for collator in (
-        Own(tokenizer),
-        DataCollatorWithFlattening(),
-        DataCollatorForLanguageModeling(tokenizer, mlm=False),
-    ):
-        assert not only_pads(collator)
-
-
-def test_one_row_of_a_flattening_collator_is_a_row():
-    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
-    row = Collating(collator, RowPreparer()).read({"input_ids": [5, 6, 7], "labels": [5, -100, 7]})
-    assert row.input_ids.tolist() == [5, 6, 7]
-    assert row.labels.tolist() == [-100, -100, 7]
-
-
-@pytest.mark.parametrize(
-    ("extra", "plain"),
-    [
-        ({"position_ids": torch.tensor([[0, 1, 2]]), "token_type_ids": None, "attention_mask": IDS * 0 + 1}, True),
-        ({"position_ids": torch.tensor([[2, 3, 4]])}, False),
-        ({"position_ids": torch.tensor([[0, 5, 6]])}, False),
-        ({"position_ids": torch.zeros(3, 1, 3)}, False),
-        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, False),
-        ({"mm_token_type_ids": IDS * 0}, True),
-        ({"pixel_values": IDS}, False),
-    ],
-)
-def test_what_is_more_than_a_row_of_tokens_is_left_to_the_collator(extra, plain):
-    found = Collating(lambda rows: {"input_ids": IDS, "labels": IDS, **extra}, RowPreparer()).read({"text": "x"})
-    assert isinstance(found, Row if plain else Collated)
-
-
-def test_packs_that_a_collator_makes_are_refused():
-    with pytest.raises(ValueError, match="packed rows"):
-        Collating(
-            lambda rows: {"input_ids": IDS, "labels": IDS, "position_ids": torch.tensor([[0, 1, 0]])}, RowPreparer()
-        ).read({"text": "x"})
-
-
-def test_tokens_are_truncated_before_a_collator_sees_to_them(tokenizer):
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    collating = Collating(collator, RowPreparer(tokenizer, RowConfig(max_length=3)))
-    assert len(collating.read({"input_ids": [5, 6, 7, 8, 9]}).input_ids) == 3
-
-
-WRONG = {
-    "raises": (lambda rows: rows[0]["secret"], "data_collator fails: KeyError in <lambda> "),
-    "none": (lambda rows: None, "gives a NoneType, not a mapping"),
-    "no labels": (lambda rows: {"input_ids": IDS}, "gives no 'labels'"),
-    "no ids": (lambda rows: {"labels": IDS}, "gives no 'input_ids'"),
-    "labels of classes": (lambda rows: {"input_ids": IDS, "labels": torch.tensor([1])}, "both must be (1, tokens)"),
-    "flat": (lambda rows: {"input_ids": IDS[0], "labels": IDS[0]}, "both must be (1, tokens)"),
-    "two": (lambda rows: {"input_ids": IDS.expand(2, 3), "labels": IDS.expand(2, 3)}, "both must be (1, tokens)"),
-    "texts": (lambda rows: {"input_ids": IDS, "labels": "abc"}, "no tensors"),
-    "unlabelled": (
-        lambda rows: {"input_ids": IDS, "labels": IDS * 0 - 100},
-        "no labelled tokens in 'labels' of the data_",
-    ),
-    "unlabelled image": (
-        lambda rows: {"input_ids": IDS, "labels": IDS * 0 - 100, "pixel_values": IDS},
-        "no labelled tokens after the data_collator",
-    ),
-}
-
-
-@pytest.mark.parametrize(("collator", "reason"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_with_a_collators_row_is_its_reason(collator, reason):
-    row = Collating(collator, RowPreparer()).read({"image": "x"})
-    assert reason in row.reason
-
-
-def test_no_text_of_a_row_is_in_a_collators_reason():
-    def collate(rows):
-        raise ValueError(f"cannot read {rows}")
-
-    reason = Collating(collate, RowPreparer()).read({"text": "secret \ud83d\x1b[31m"}).reason
-    assert reason.startswith("the data_collator fails: ValueError in collate (test_reading.py, line ")
-    assert "secret" not in reason
-    assert reason.isprintable()
+def test_random_numbers_of_rows_go_on_from_row_to_row():
+    own, drawn = OwnRandomness(), []
+    want = torch.get_rng_state()
+    for _ in range(3):
+        with own:
+            drawn.append(draws())
+    assert len(set(drawn)) == 3
+    assert torch.equal(torch.get_rng_state(), want)
 
 
 # ---- copies ----
-
-
-def test_collators_are_given_copies_once_a_row():
-    """One that takes the image out of its row, writes into lists, arrays and tensors, and counts."""
-    model, rows, collate = llava()
-    rows = [{**row, "array": np.zeros(2), "tensor": torch.zeros(2), "deep": [{"x": [1]}]} for row in rows]
-    before, calls = copy.deepcopy(rows), []
-
-    def writing(examples):
-        for row in examples:
-            row["array"][:] = 7
-            row["tensor"][:] = 7
-            row["deep"][0]["x"].append(row["deep"].append(3))
-        calls.append(len(examples))
-        return collate([{"image": row.pop("image"), "text": row.pop("text")} for row in examples])
-
-    scores = ForValueScorer(model, rows[6:], data_collator=writing, progress=False).score(rows[:6])
-    expected = ForValueScorer(model, rows[6:], data_collator=collate, progress=False).score(rows[:6])
-    np.testing.assert_array_equal(scores.values, expected.values)
-    assert calls == [1] * len(rows)  # what it made is kept until it is run
-    for row, old in zip(rows, before, strict=True):
-        assert str(row) == str(old)
 
 
 def test_copies_share_nothing_that_can_be_written_to():
@@ -382,48 +310,6 @@ def test_copies_share_nothing_that_can_be_written_to():
     assert value["c"][0] == value["d"] == 0
     assert same["file"] is value["file"]  # cannot be copied
     value["file"].close()
-
-
-def test_rows_that_a_collator_cannot_put_together_go_one_by_one():
-    model, rows, collate = llava()
-    for i, row in enumerate(rows):
-        row["text"] = row["text"] + [9] * i  # it stacks, and does not pad
-    scores = ForValueScorer(model, rows[6:], data_collator=collate, progress=False).score(rows[:6])
-    assert scores.reasons == [None] * 6
-    alone = [
-        ForValueScorer(model, rows[6:], data_collator=collate, progress=False).score([row]).values[0]
-        for row in rows[:6]
-    ]
-    np.testing.assert_allclose(scores.values, alone, rtol=1e-12)
-
-
-def test_a_collator_that_flattens_rows_with_images_is_given_one_at_a_time():
-    model, rows, collate = llava()
-
-    def flatten(examples):
-        batch = collate(examples)
-        return {**batch, "input_ids": batch["input_ids"].view(1, -1), "labels": batch["labels"].view(1, -1)}
-
-    flat, plain = (
-        ForValueScorer(model, rows[6:], data_collator=collator, progress=False).score(rows[:6]).values
-        for collator in (flatten, collate)
-    )
-    np.testing.assert_array_equal(flat, plain)
-
-
-def test_the_hash_of_a_collated_row_is_of_its_labels_too():
-    model, rows, collate = llava()
-
-    def other(examples):
-        batch = collate(examples)
-        batch["labels"][:, :8] = -100
-        return batch
-
-    def hash_of(rows, collator):
-        return ForValueScorer(model, rows[6:], data_collator=collator, progress=False).hash_rows(rows[:6])
-
-    assert hash_of(rows, collate) == hash_of(rows, collate) != hash_of(rows, other)
-    assert hash_of(rows, collate) != hash_of(rows[1:] + rows[:1], collate)
 
 
 # ---- trainers ----

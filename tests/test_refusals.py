@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
 from datasets import Dataset
-from test_callback import TRAIN, VALIDATION, Passes, drawn, make_trainer, rows_with_id
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainingArguments
 
-from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, ForValueScores, Keep, prefilter
+from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, ForValueScores, prefilter
 from forvalue_callbacks.trainer.callback import SCORES_FILE
+from helpers.models import build_model, build_rows
+from helpers.trainers import TRAIN, VALIDATION, Passes, make_trainer, rows_with_id
 
 AUTO = Drop("auto")
 LABELS = ForValueConfig(method="label_model")
@@ -129,53 +129,6 @@ def test_a_loader_that_cannot_draw_by_weight(tmp_path, kind, match):
     passes = Passes(model)
     with pytest.raises(ValueError, match=rf"{match}.*prefilter\(trainer\)"):
         make_trainer(tmp_path, [ForValueCallback(VALIDATION)], model=model, kind=kind, max_steps=1).train()
-    assert passes.n == 0
-
-
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return self.rows[i]
-
-
-@pytest.mark.parametrize("form", [Dataset.from_list, Rows, list, lambda rows: Subset(rows, range(len(rows)))])
-def test_prefilter_shortens_rows_in_any_form_that_a_trainer_takes(tmp_path, form):
-    trainer = make_trainer(tmp_path, train=form(rows_with_id()), num_train_epochs=1)
-    scores = prefilter(trainer, VALIDATION, Keep(8), verbose=False)
-    trainer.train()
-    assert sorted(drawn(trainer)[-8:]) == sorted(np.argsort(-scores.values)[:8].tolist())
-    assert trainer.state.global_step == 2
-
-
-def rows_only_in_turn():
-    class InTurn:
-        def __len__(self):
-            return len(TRAIN)
-
-        def __iter__(self):
-            return iter(TRAIN)
-
-    return InTurn()
-
-
-def test_prefilter_of_rows_that_cannot_be_had_by_their_place(tmp_path):
-    model = build_model()
-    passes = Passes(model)
-    trainer = make_trainer(tmp_path, model=model)
-    for rows, match in (
-        (rows_only_in_turn(), "InTurn cannot be shortened"),
-        (None, "no training rows to score: the trainer has no train_dataset"),
-        ([], "train_dataset is empty"),
-        ({"a": TRAIN, "b": TRAIN}, "mapping of data sets"),
-    ):
-        trainer.train_dataset = rows
-        with pytest.raises(ValueError, match=match):
-            prefilter(trainer, VALIDATION)
     assert passes.n == 0
 
 

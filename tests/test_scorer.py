@@ -1,16 +1,22 @@
+"""Data set in, scores out: by two oracles, and the same whatever the order, padding and size of batches."""
+
 import copy
-import threading
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from conftest import ARCHITECTURES, build_model, build_rows
-from oracles import relative, row_gradient, score_by_autograd, score_by_double_sum
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
 from forvalue_callbacks.data.sft import RowConfig
 from forvalue_callbacks.model import run as batching
+from helpers.models import ARCHITECTURES, build_model, build_rows, llava
+from helpers.oracles import (
+    inverse_second_moment,
+    relative,
+    row_gradient,
+    score_by_autograd,
+    score_by_double_sum,
+)
 
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
 
@@ -108,27 +114,6 @@ def test_scores_are_the_same_whatever_the_padding(architecture, side):
     )
 
 
-def test_tokens_after_the_last_position_that_predicts_are_not_run(monkeypatch):
-    model, run = build_model(), []
-    forward = model.base_model.forward
-
-    def count(*args, input_ids=None, **kwargs):
-        run.append(tuple(input_ids.shape))
-        return forward(*args, input_ids=input_ids, **kwargs)
-
-    want = score(model).values
-    longer = [
-        {"input_ids": row["input_ids"] + [7] * (5 + i), "labels": row["labels"] + [-100] * (5 + i)}
-        for i, row in enumerate(TRAIN)
-    ]
-    monkeypatch.setattr(model.base_model, "forward", count)
-    scorer = ForValueScorer(model, VALIDATION, ForValueConfig(max_tokens_per_batch=1), progress=False)
-    scorer.direction()
-    run.clear()
-    assert relative(scorer.score(longer).values, want) < 1e-6
-    assert sorted(run) == sorted((1, len(row["input_ids"]) - 1) for row in TRAIN)
-
-
 def test_token_scores_sum_to_the_rows_score():
     model = build_model()
     scorer = ForValueScorer(model, VALIDATION, progress=False)
@@ -159,20 +144,6 @@ def test_normalize_divides_by_tokens_or_by_the_rows_own_norm(method):
     assert relative(cosine, plain.values / norms) < 1e-10
 
 
-def hidden_states(model, row):
-    """Inputs of the head at the positions that predict the row's labels, (T, D)."""
-    with torch.no_grad():
-        states = model.base_model(input_ids=torch.tensor([row["input_ids"][:-1]])).last_hidden_state[0]
-    return states[torch.tensor(row["labels"][1:]) != -100]
-
-
-def inverse_second_moment(model, rows):
-    """Written out: (A + 0.01 mean(diag A) I)^-1, A the mean of h h^T over all labelled positions."""
-    hidden = torch.cat([hidden_states(model, row) for row in rows])
-    moment = sum(torch.outer(h, h) for h in hidden) / len(hidden)
-    return torch.linalg.inv(moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype))
-
-
 def test_whitened_scores_are_those_of_the_inverse_second_moment_written_out():
     model = build_model("llama", torch.float64)
     gradients, sides = ([row_gradient(model, row) for row in rows] for rows in (TRAIN, VALIDATION))
@@ -183,20 +154,6 @@ def test_whitened_scores_are_those_of_the_inverse_second_moment_written_out():
     assert relative(score(model, method="whitened", normalize="cosine").values, pairs.mean(1) / norms) < 1e-9
     scorer = ForValueScorer(model, VALIDATION, ForValueConfig(method="whitened"), progress=False)
     assert relative(scorer.pairwise(TRAIN), pairs) < 1e-9
-
-
-def test_the_forward_pass_runs_in_the_dtype_asked_for():
-    model, seen = build_model(), set()
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-    for name, dtype in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
-        seen.clear()
-        batcher = ForValueScorer(model, VALIDATION, ForValueConfig(forward_dtype=name), progress=False).batcher
-        with torch.no_grad():
-            (batch,) = batcher.labelled([item for item, _ in batcher.items(TRAIN[:1])])
-            with torch.autocast("cpu", torch.bfloat16, enabled=name is not None):
-                want = hidden_states(model, TRAIN[0])
-        assert seen == {dtype}
-        assert relative(batch.hidden_TD, want) < 1e-2
 
 
 def test_pairwise_averages_to_the_score_and_keeps_bad_rows_as_nan():
@@ -224,63 +181,6 @@ def test_pairs_go_to_a_file_a_window_at_a_time(window, monkeypatch, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "pairs.npy", mmap_mode="r"), want.numpy())
     with pytest.raises(ValueError, match="data set with a length"):
         scorer.pairwise(iter(train), tmp_path / "pairs.npy")
-
-
-def test_batches_are_joined_until_the_head_has_enough_positions():
-    scorer = ForValueScorer(build_model(), VALIDATION, ForValueConfig(max_tokens_per_batch=14), progress=False)
-    seen = []
-
-    def sizes(batch):
-        seen.append(len(batch.labels_T))
-        assert len(batch.hidden_TD) == len(batch.labels_T) == sum(batch.lengths)
-        return batch.lengths
-
-    apart, _, _ = scorer.batcher.map(TRAIN, sizes, "apart")
-    n_apart, total = len(seen), sum(seen)
-    seen.clear()
-    together, _, _ = scorer.batcher.map(TRAIN, sizes, "together", positions=20)
-    assert together == apart
-    assert sum(seen) == total
-    assert len(seen) < n_apart
-    assert all(n >= 20 for n in seen[:-1])
-
-
-def test_the_next_window_is_tokenised_while_the_model_runs(monkeypatch):
-    """In a thread of its own; rows are read in that of the caller, the third window after the first one's results."""
-    monkeypatch.setattr(batching, "WINDOW", 4)
-    asked, tokenised, ready = [], [], threading.Event()
-
-    def rows():
-        for row in TRAIN:
-            asked.append(threading.current_thread())
-            yield row
-
-    scorer = ForValueScorer(build_model(), VALIDATION, progress=False)
-    prepare = scorer.batcher.prepare
-
-    def noted(example):
-        tokenised.append(threading.current_thread())
-        if len(tokenised) == 8:
-            ready.set()
-        return prepare(example)
-
-    scorer.batcher.prepare = noted
-    windows = scorer.batcher.windows(rows(), lambda batch: batch.lengths, "rows")
-    assert len(next(windows)[0]) == 4
-    assert ready.wait(10)
-    assert len(asked) == 8
-    assert sum(len(window) for window, _ in windows) == len(TRAIN) - 4
-    assert set(asked) == {threading.main_thread()}
-    assert threading.main_thread() not in tokenised
-
-
-def test_a_broken_data_set_raises_its_own_error():
-    def rows():
-        yield TRAIN[0]
-        raise OSError("the disk is gone")
-
-    with pytest.raises(OSError, match="the disk is gone"):
-        score(build_model(), rows())
 
 
 def test_seen_vocabulary_is_the_score_over_the_labels_of_both_sets():
@@ -330,47 +230,6 @@ def test_non_finite_rows_get_a_reason_and_leave_their_batch_mates_alone():
     assert np.isfinite(scores.values[[0, 2]]).all()
     with pytest.raises(ValueError, match="not finite"):
         score(model, TRAIN, rows)
-
-
-def test_running_out_of_memory_halves_the_batch_and_changes_no_score(monkeypatch):
-    model = build_model()
-    want = score(model).values
-    forward, seen = model.base_model.forward, []
-
-    def limited(*args, input_ids=None, **kwargs):
-        seen.append(input_ids.numel())
-        if input_ids.numel() > 30:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(*args, input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(model.base_model, "forward", limited)
-    assert relative(score(model).values, want) < 1e-6
-    assert max(seen) > 30
-
-    long = [{"input_ids": list(range(3, 43)), "labels": list(range(3, 43))}]
-    scores = score(model, TRAIN + long)
-    assert "out of memory with this row alone (39 tokens)" in scores.reasons[-1]
-    assert relative(scores.values[:-1], want) < 1e-6
-
-
-def test_the_model_is_left_exactly_as_found():
-    model = build_model().train()
-    model.model.layers[0].eval()
-    modes = [m.training for m in model.modules()]
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    model(
-        input_ids=torch.tensor([TRAIN[0]["input_ids"]]), labels=torch.tensor([TRAIN[0]["input_ids"]])
-    ).loss.backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    rng = torch.get_rng_state()
-    score(model, normalize="cosine", method="whitened")
-    assert torch.equal(rng, torch.get_rng_state())
-    assert modes == [m.training for m in model.modules()]
-    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
-    assert all(torch.equal(g, p.grad) for g, p in zip(gradients, model.parameters(), strict=True))
-    assert not any(p.is_inference() for p in [*model.parameters(), *model.buffers()])
 
 
 def test_fingerprints_change_with_what_makes_the_scores_and_with_nothing_else(tmp_path):
@@ -445,29 +304,6 @@ def test_bad_settings_say_what_would_be_right():
 
 def test_an_empty_data_set_gives_no_scores():
     assert len(score(build_model(), [])) == 0
-
-
-def llava():
-    """A VLM of a few thousand parameters, rows with an image each, and the collator that makes its inputs."""
-    torch.manual_seed(0)
-    text = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}
-    config = transformers.LlavaConfig(
-        text_config={"model_type": "llama", **text, "num_attention_heads": 4},
-        vision_config={"model_type": "clip_vision_model", **vision, "num_attention_heads": 2},
-        image_token_index=66,
-        image_seq_length=4,
-    )
-    model = transformers.LlavaForConditionalGeneration(config).double().eval()
-    rows = [{"image": torch.randn(3, 8, 8).tolist(), "text": list(range(3 + i, 9 + i))} for i in range(10)]
-
-    def collate(examples):
-        ids = torch.tensor([[66] * 4 + example["text"] for example in examples])
-        labels = torch.where(torch.arange(ids.shape[1]) < 7, -100, ids)
-        pixels = torch.tensor([example["image"] for example in examples], dtype=torch.float64)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
-
-    return model, rows, collate
 
 
 def test_vlm_rows_go_through_the_collator_and_equal_autograd():

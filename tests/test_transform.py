@@ -1,3 +1,5 @@
+"""`map` in every way in which it hands over rows and runs: scored, or a message that says how."""
+
 import json
 import os
 import pickle
@@ -6,14 +8,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from conftest import build_model, build_rows
 from datasets import Dataset, IterableDataset
-from oracles import relative
 from transformers import AutoModelForCausalLM
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, ForValueTransform
+from helpers.models import build_model, build_rows
+from helpers.oracles import relative
+from helpers.tokenizers import build_tokenizer, chatml
 
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2)
 
@@ -45,7 +49,7 @@ def test_streams_are_scored_as_they_come():
 WORKERS = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-from conftest import build_model, build_rows
+from helpers.models import build_model, build_rows
 from datasets import Dataset
 from forvalue_callbacks import ForValueTransform
 
@@ -97,7 +101,7 @@ def test_the_seen_vocabulary_needs_more_than_a_batch():
 MAP = """
 import json, sys, peft
 sys.path.insert(0, {tests!r})
-from conftest import build_model, build_rows
+from helpers.models import build_model, build_rows
 from datasets import load_from_disk
 from forvalue_callbacks import ForValueConfig, ForValueTransform
 
@@ -138,3 +142,89 @@ def test_the_cache_serves_a_second_process_until_something_changes(tmp_path):
     assert again == ["cached", first]
     assert [word for word, _ in changed] == ["computed"] * len(others)
     assert len({first, *(fingerprint for _, fingerprint in changed)}) == 1 + len(others)
+
+
+FEW = TRAIN[:6]
+BAD = {"input_ids": [5, 6], "labels": [-100, -100]}
+
+
+@pytest.fixture
+def transform():
+    return ForValueTransform(build_model(), iter(VALIDATION))
+
+
+@pytest.fixture(scope="module")
+def want():
+    return ForValueScorer(build_model(), VALIDATION, progress=False).score(FEW).values
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch", "pandas", "arrow"])
+def test_every_format_gives_the_scores_and_keeps_the_columns(form, transform, want):
+    data = Dataset.from_list([{**row, "text": "x"} for row in [*FEW, BAD]]).with_format(form)
+    mapped = data.map(transform, batched=True, batch_size=4).with_format(None)
+    assert np.allclose(mapped["forvalue_score"][:-1], want, rtol=1e-5, atol=1e-6)
+    assert mapped["forvalue_reason"][:-1] == [None] * len(FEW)
+    assert "no labelled tokens" in mapped["forvalue_reason"][-1]
+    assert mapped["input_ids"] == [row["input_ids"] for row in [*FEW, BAD]]
+    assert mapped["text"] == ["x"] * 7
+    again = mapped.with_format(form).map(transform, batched=True).with_format(None)
+    assert again.column_names == mapped.column_names
+
+
+@pytest.mark.parametrize("form", ["pandas", "numpy"])
+def test_conversations_come_through_other_formats(form):
+    turns = [[{"role": "user", "content": f"the sky {i}"}, {"role": "assistant", "content": "blue"}] for i in range(3)]
+    rows, tokenizer = [{"messages": turn} for turn in turns], build_tokenizer(chatml())
+    model = build_model()
+    model.resize_token_embeddings(400)
+    transform = ForValueTransform(model, rows, processing_class=tokenizer)
+    mapped = Dataset.from_list(rows).with_format(form).map(transform, batched=True).with_format(None)
+    assert mapped["forvalue_reason"] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"with_indices": True}, {"with_rank": True}, {"with_indices": True, "with_rank": True}], ids=str
+)
+def test_indices_and_ranks_are_no_columns(options, transform, want):
+    mapped = Dataset.from_list(FEW).map(transform, batched=True, **options)
+    assert np.allclose(mapped["forvalue_score"], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", ["input_ids", ["input_ids", "labels"]])
+def test_columns_without_names_are_refused(names, transform):
+    with pytest.raises(ValueError, match=r"ForValueTransform needs the names of the columns.*select_columns"):
+        Dataset.from_list(FEW).map(transform, batched=True, input_columns=names)
+
+
+ONE = {
+    "text": {"text": "hello there"},
+    "pairs": {"prompt": "what ", "completion": "a cat"},
+    "messages": {"messages": [{"role": "user", "content": "hi"}]},
+    "message pairs": {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "user", "content": "x"}]},
+    "tokens": {"input_ids": [3, 4, 5], "labels": [3, 4, 5]},
+    "other columns": {"question": "what", "n": 3},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["data set", "stream"])
+@pytest.mark.parametrize("form", [None, "torch"])
+@pytest.mark.parametrize("row", ONE.values(), ids=ONE)
+def test_a_row_in_place_of_a_batch_is_refused(row, form, stream, transform):
+    data = Dataset.from_list([row] * 3)
+    data = data.to_iterable_dataset() if stream else data
+    with pytest.raises(ValueError, match=r"ForValueTransform scores batches of rows.*batched=True"):
+        next(iter(data.with_format(form).map(transform)))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 4}, {"batch_size": 2, "writer_batch_size": 2}], ids=str)
+@pytest.mark.parametrize("form", [None, "pandas", "arrow"])
+def test_a_first_reason_may_come_late(options, form, transform):
+    mapped = Dataset.from_list([*FEW, BAD]).with_format(form).map(transform, batched=True, **options)
+    assert mapped.features.arrow_schema.field("forvalue_reason").type == pa.string()
+    assert mapped.features.arrow_schema.field("forvalue_score").type == pa.float64()
+    assert mapped.with_format(None)["forvalue_reason"][-1]
+
+
+def test_a_first_score_may_come_late(transform):
+    mapped = Dataset.from_list([BAD, BAD, *FEW]).map(transform, batched=True, batch_size=2)
+    assert np.isnan(mapped["forvalue_score"]).tolist() == [True, True] + [False] * 6

@@ -1,11 +1,14 @@
+"""The head fitted on positions, and the softmax regression: optima of the naive problems."""
+
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_rows
-from test_core import HEADS, D, V, make, naive_log_p, relative
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, core
-from forvalue_callbacks.core.fit import RIDGES, fit_head, fit_softmax
+from forvalue_callbacks.core.fit import RIDGES, fit_head
+from forvalue_callbacks.core.softmax import fit_softmax
+from helpers.models import build_model, build_rows
+from helpers.oracles import HEADS, D, V, make, naive_log_p, relative
 
 # Rows that come three times: what is learned from one helps with another, so the fit does move the head.
 TRAIN, VALIDATION = build_rows(12, seed=1), build_rows(5, seed=2) * 3
@@ -123,7 +126,7 @@ def test_one_validation_row_cannot_be_held_out_and_moves_nothing():
 def test_the_scorers_fitted_scores_are_log_likelihoods_after_and_before(architecture):
     model = build_model(architecture, torch.float64)
     scorers = {
-        d: ForValueScorer(model, VALIDATION, ForValueConfig(direction=d), progress=False)
+        d: ForValueScorer(model, VALIDATION, ForValueConfig(method=d), progress=False)
         for d in ("fitted", "fitted_likelihood")
     }
     gain, after = (scorer.score(TRAIN) for scorer in scorers.values())

@@ -8,12 +8,12 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import VOCAB, build_model, build_rows
-from oracles import row_gradient
 from torch import nn
 
 from forvalue_callbacks import ForValueScorer
-from forvalue_callbacks.model.backbone import Backbone
+from forvalue_callbacks.model.backbone import Backbone, left_as_found
+from helpers.models import VOCAB, batch, build_model, build_rows
+from helpers.oracles import row_gradient
 
 TEXT = {
     "vocab_size": VOCAB,
@@ -212,52 +212,6 @@ def test_a_class_of_ones_own_is_understood_by_what_it_computes(factor, cap):
     assert scorer.backbone.runs_whole_model
 
 
-ADAPTERS = {
-    "dora": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True, init_lora_weights=False),
-    "lora bias": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], lora_bias=True, init_lora_weights=False),
-    "rslora": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], use_rslora=True, init_lora_weights=False),
-    "ia3": lambda: peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[], init_ia3_weights=False),
-    "ia3 on inputs": lambda: peft.IA3Config(
-        target_modules=["lm_head"], feedforward_modules=["lm_head"], init_ia3_weights=False
-    ),
-    "lokr": lambda: peft.LoKrConfig(r=4, target_modules=["lm_head"], init_weights=False),
-    "loha": lambda: peft.LoHaConfig(r=4, target_modules=["lm_head"], init_weights=False),
-    "oft": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=["lm_head"], init_weights=False),
-}
-
-
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_a_head_under_any_linear_adapter_scores_as_the_merged_one_does(kind):
-    torch.manual_seed(0)
-    with warnings.catch_warnings():  # peft's, of kinds of adapters
-        warnings.simplefilter("ignore")
-        architecture = "phi-bias" if "bias" in kind else "llama"  # peft merges a bias into a bias only
-        model = peft.get_peft_model(build_model(architecture, torch.float64), ADAPTERS[kind]()).double().eval()
-    rows = build_rows(6)
-    before = build_model(architecture, torch.float64).lm_head.weight
-    scorer = ForValueScorer(model, rows[3:], progress=False)
-    values = scorer.score(rows[:3]).values
-    assert not torch.allclose(scorer.backbone.head().weight, before)
-    ids = torch.tensor(rows[0]["input_ids"])[None]
-    with torch.no_grad():
-        own, hidden = model(input_ids=ids).logits, scorer.backbone.hidden_states({"input_ids": ids})
-    assert torch.allclose(
-        scorer.backbone.head().logits(hidden[0]), own[0], rtol=0, atol=1e-13 * float(own.abs().max())
-    )
-    merged = model.merge_and_unload().eval()
-    expected = ForValueScorer(merged, rows[3:], progress=False).score(rows[:3]).values
-    assert np.abs(values - expected).max() <= 1e-12 * np.abs(expected).max()
-
-
-def test_an_adapter_that_is_not_linear_is_refused_by_name():
-    model = peft.get_peft_model(
-        build_model(), peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True, init_lora_weights=False)
-    )
-    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output**2)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM: adapter \['default'\] on the output head.*Merge it"):
-        Backbone(model)
-
-
 NOT_CAUSAL = {
     "BertForMaskedLM": {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -343,31 +297,6 @@ def test_offloaded_weights_are_read_where_they_are_kept(how, tmp_path):
     assert model.lm_head.weight.is_meta
 
 
-def test_an_offloaded_head_under_an_adapter_is_read_without_dropout():
-    lora = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, lora_dropout=0.5)
-    torch.manual_seed(0)
-    plain = peft.get_peft_model(build_model(), lora)
-    torch.manual_seed(0)
-    offloaded = peft.get_peft_model(build_model(), lora).train()
-    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
-    rows = build_rows(6)
-    values = ForValueScorer(offloaded, rows[3:], progress=False).score(rows[:3]).values
-    expected = ForValueScorer(plain, rows[3:], progress=False).score(rows[:3]).values
-    assert np.abs(values - expected).max() < 1e-5 * np.abs(expected).max()
-
-
-class Quantised(torch.Tensor):
-    """As torchao's: it says that it is floating-point."""
-
-
-def test_a_quantised_head_is_refused_by_name_and_weights_that_are_nowhere_too():
-    model = build_model()
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.as_subclass(Quantised), requires_grad=False)
-    for refused in (model, build_model().to("meta")):
-        with pytest.raises(ValueError, match=r"LlamaForCausalLM: the output head Linear has no dense.*quantised"):
-            Backbone(refused)
-
-
 def test_wrappers_are_looked_through_however_they_are_nested():
     rows = build_rows(6)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
@@ -388,3 +317,22 @@ def test_only_tables_of_positions_limit_the_length_of_a_row():
     ids = torch.randint(3, VOCAB, (1, 100))
     with torch.no_grad():
         assert Backbone(build_model("llama")).hidden_states({"input_ids": ids}).isfinite().all()
+
+
+def test_left_padding_gives_the_hidden_states_of_the_bare_row():
+    """GPT-2 has learned absolute positions: without position ids a left-padded row would sit elsewhere."""
+    for architecture in ("gpt2", "llama"):
+        backbone, padded = Backbone(build_model(architecture)), batch("left")
+        with torch.no_grad():
+            bare = backbone.hidden_states({"input_ids": padded["input_ids"][:1, 3:]})
+            assert torch.allclose(backbone.hidden_states(padded)[:1, 3:], bare, atol=1e-5)
+
+
+def test_modes_are_restored_module_by_module():
+    model = build_model().train()
+    model.model.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    with left_as_found(model):
+        assert not any(m.training for m in model.modules())
+        assert not torch.is_grad_enabled()
+    assert [m.training for m in model.modules()] == before

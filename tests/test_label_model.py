@@ -1,4 +1,4 @@
-"""method="label_model" where data is awkward, and the ways in: ranks, the callback, prefilter, rows with images."""
+"""method="label_model": the fit, also where data is awkward, and the ways in: ranks, callback, prefilter, images."""
 
 import json
 import os
@@ -9,52 +9,139 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
 from datasets import Dataset
-from oracles import relative
-from test_scorer import llava
 from transformers import Trainer, TrainingArguments
 
-from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, prefilter
-from forvalue_callbacks.core.stats import auc
-from forvalue_callbacks.methods.label_model import MAX_FEATURES, _half_whitened, fit_labels
+from forvalue_callbacks import (
+    Drop,
+    ForValueCallback,
+    ForValueConfig,
+    ForValueScorer,
+    prefilter,
+)
+from forvalue_callbacks.methods.label_model import MAX_FEATURES, _expectation, _half_whitened, fit_labels
+from forvalue_callbacks.scores.scores import auc
+from helpers.answers import rows_of
+from helpers.models import build_model, llava
+from helpers.oracles import relative
 
 CONFIG = ForValueConfig(method="label_model")
-
-
-def rows_of(n, seed, noise=0.0):
-    """Rows whose prompt holds the token that decides the answer, one of three; and which answers are wrong."""
-    rng = np.random.default_rng(seed)
-    rows, wrong = [], rng.random(n) < noise
-    for is_wrong in wrong:
-        kind = int(rng.integers(3))
-        prompt = [*rng.integers(20, 60, int(rng.integers(2, 6))).tolist(), 3 + kind]
-        answer = 10 + (kind + (int(rng.integers(1, 3)) if is_wrong else 0)) % 3
-        rows.append({"input_ids": [*prompt, answer], "labels": [-100] * len(prompt) + [answer]})
-    return rows, wrong
-
-
-def clusters(n, seed, noise=0.0, k=4, d=6, apart=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    centers = apart * torch.randn(k, d, generator=torch.Generator().manual_seed(99))
-    true = torch.randint(k, (n,), generator=generator)
-    wrong = torch.rand(n, generator=generator) < noise
-    observed = torch.where(wrong, (true + torch.randint(1, k, (n,), generator=generator)) % k, true)
-    return centers[true] + torch.randn(n, d, generator=generator), observed.numpy(), wrong.numpy()
 
 
 # ---- the fit ----
 
 
+def clusters(n, seed, noise=0.0, k=4, d=6, apart=2.0):
+    """Features around the centre of their true answer, the true answers, those given, and which of these are wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = apart * torch.randn(k, d, generator=torch.Generator().manual_seed(99))
+    true = torch.randint(k, (n,), generator=generator)
+    x = centers[true] + torch.randn(n, d, generator=generator)
+    wrong = torch.rand(n, generator=generator) < noise
+    observed = torch.where(wrong, (true + torch.randint(1, k, (n,), generator=generator)) % k, true)
+    return x, true.numpy(), observed.numpy(), wrong.numpy()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_the_label_model_finds_wrong_answers_and_their_share(noise):
+    known, answers, _, _ = clusters(60, 0, 0.0)
+    x, _, observed, wrong = clusters(500, 1, noise)
+    fit = fit_labels(known, answers, x, observed)
+    assert abs(fit.noise_share - wrong.mean()) < 0.04
+    assert fit.flipped_auc > 0.9
+    if noise:
+        assert auc(fit.log_odds[~wrong], fit.log_odds[wrong]) > 0.95
+
+
+def test_an_answer_that_no_validation_row_has_is_learned_from_the_training_rows():
+    known, answers, _, _ = clusters(80, 0, 0.0)
+    x, true, observed, wrong = clusters(500, 1, 0.2)
+    kept = answers != 3
+    fit = fit_labels(known[torch.from_numpy(kept)], answers[kept], x, observed)
+    right = (true == 3) & ~wrong
+    assert (fit.log_odds[right] > 0).mean() > 0.9
+
+
+def test_a_row_does_not_vouch_for_itself():
+    """One row's observed answer changed: the model that judges it is the same, so the odds of both answers agree."""
+    known, answers, _, _ = clusters(60, 0, 0.0, k=2)
+    x, _, observed, _ = clusters(300, 1, 0.2, k=2)
+    before = fit_labels(known, answers, x, observed)
+    flipped = observed.copy()
+    flipped[7] = 1 - flipped[7]
+    after = fit_labels(known, answers, x, flipped)
+    # log p(o) T[o, o] / p(c) T[c, o] changes sign up to the noise terms T, which one row in 300 hardly moves.
+    assert before.log_odds[7] * after.log_odds[7] < 0
+
+
+def test_a_row_that_only_its_own_feature_could_explain_does_not_vouch_for_itself():
+    """The odds of both answers of a row add up to what the noise says, also where it has a feature of its own."""
+    rng = np.random.default_rng(0)
+    known, x = torch.randn(40, 2, generator=torch.manual_seed(0)), torch.randn(200, 2)
+    answers = (known[:, 0] > 0).long().numpy()
+    observed = ((x[:, 0] > 0).numpy() ^ (rng.random(200) < 0.2)).astype(int)
+    known, x = torch.cat([known, torch.zeros(40, 6)], 1), torch.cat([x, torch.eye(200)[:, :6]], 1)
+    before, sums = fit_labels(known, answers, x, observed), []
+    for i in range(9):
+        flipped = observed.copy()
+        flipped[i] = 1 - flipped[i]
+        sums.append(before.log_odds[i] + fit_labels(known, answers, x, flipped).log_odds[i])
+    assert max(sums) - min(sums) < 1
+
+
+def test_an_answer_given_in_place_of_another_is_doubted_and_not_the_other_way_round():
+    true = torch.arange(600) % 2
+    x = torch.randn(600, 3, generator=torch.manual_seed(0))
+    x[:, 0] += true
+    observed = true[:400].clone()
+    observed[100:] = 1  # none of the answers 0 is wrong, of the answers 1 many are
+    fit = fit_labels(x[400:], true[400:].numpy(), x[:400], observed.numpy())
+    zero, one = (fit.log_odds[observed.numpy() == k].mean() for k in (0, 1))
+    assert zero > one + 0.3
+
+
+def test_training_rows_teach_the_label_model_what_few_validation_rows_cannot():
+    known, answers, _, _ = clusters(8, 0, 0.0)
+    x, _, observed, _ = clusters(300, 1, 0.2)
+    alone, together = fit_labels(known, answers, x, observed).likelihood
+    assert together > alone + 0.3
+
+
+def test_the_expectation_step_is_that_of_a_loop():
+    """Two alternations: after the first the noise is no longer the symmetric one that it starts from."""
+    torch.manual_seed(0)
+    log_p = (3 * torch.randn(30, 3, dtype=torch.float64)).log_softmax(1)
+    observed = np.arange(30) % 3
+    truth, flips = _expectation(log_p, observed, iterations=2)
+    noise = 0.8 * np.eye(3) + 0.1 * (1 - np.eye(3))
+    for _ in range(2):
+        q = np.array([[float(log_p[i, c].exp()) * noise[c, o] for c in range(3)] for i, o in enumerate(observed)])
+        q /= q.sum(1, keepdims=True)
+        counts = np.zeros((3, 3))
+        for i, o in enumerate(observed):
+            counts[:, o] += q[i]
+        rate = 1 - np.trace(counts) / counts.sum()
+        symmetric = (1 - rate) * np.eye(3) + rate * (1 - np.eye(3)) / 2
+        noise = (counts + 5 * symmetric) / (counts.sum(1, keepdims=True) + 5)
+    np.testing.assert_allclose(truth, q, rtol=1e-10)
+    np.testing.assert_allclose(flips, noise, rtol=1e-10)
+
+
+def test_one_answer_cannot_be_wrong():
+    x = torch.randn(10, 3)
+    with pytest.raises(ValueError, match="all answers are the same"):
+        fit_labels(x, np.zeros(10, dtype=int), x, np.zeros(10, dtype=int))
+
+
 def test_names_of_answers_do_not_matter():
-    (known, answers, _), (x, observed, _) = clusters(60, 0), clusters(200, 1, 0.3)
+    (known, answers, *_), (x, _, observed, _) = clusters(60, 0), clusters(200, 1, 0.3)
     plain, renamed = (fit_labels(known, f(answers), x, f(observed)) for f in (lambda a: a, lambda a: 7 * a + 1000))
     np.testing.assert_array_equal(plain.log_odds, renamed.log_odds)
     assert plain.noise_share == renamed.noise_share
 
 
 def test_answers_that_come_once_get_low_odds_and_leave_the_others_alone():
-    (known, answers, _), (x, observed, _) = clusters(60, 0, apart=1.0), clusters(400, 1, apart=1.0)
+    (known, answers, *_), (x, _, observed, _) = clusters(60, 0, apart=1.0), clusters(400, 1, apart=1.0)
     odd = np.arange(0, 400, 8)
     changed = observed.copy()
     changed[odd] = 100 + np.arange(len(odd))
@@ -65,15 +152,17 @@ def test_answers_that_come_once_get_low_odds_and_leave_the_others_alone():
     assert abs(fit.noise_share - len(odd) / 400) < 0.1
 
 
-@pytest.mark.parametrize("case", ["one known answer", "one row of a class", "three held-out rows", "one row to score"])
+@pytest.mark.parametrize(
+    "case", ["one known answer", "one row of a class", "three validation rows", "one row to score"]
+)
 def test_few_rows_or_answers_are_fitted_all_the_same(case):
-    (known, answers, _), (x, observed, _) = clusters(60, 0), clusters(100, 1)
+    (known, answers, *_), (x, _, observed, _) = clusters(60, 0), clusters(100, 1)
     if case == "one known answer":
         known, answers = known[torch.from_numpy(answers == 0)], answers[answers == 0]
     elif case == "one row of a class":
         keep = np.append(np.flatnonzero(answers != 3), np.flatnonzero(answers == 3)[0])
         known, answers = known[torch.from_numpy(keep)], answers[keep]
-    elif case == "three held-out rows":
+    elif case == "three validation rows":
         known, answers = known[:3], answers[:3]
     else:
         x, observed = x[:1], observed[:1]
@@ -85,7 +174,7 @@ def test_few_rows_or_answers_are_fitted_all_the_same(case):
 
 
 def test_features_that_are_not_finite_are_refused():
-    known, answers, _ = clusters(20, 0)
+    known, answers, *_ = clusters(20, 0)
     with pytest.raises(ValueError, match="not finite"):
         fit_labels(known, answers, torch.full((5, 6), torch.nan), np.zeros(5, dtype=int))
 
@@ -203,8 +292,8 @@ def test_prefilter_drops_wrong_answers(tmp_path):
 RANKS = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])
-from conftest import build_model
-from test_labels import rows_of
+from helpers.models import build_model
+from helpers.answers import rows_of
 from forvalue_callbacks import ForValueConfig, ForValueScorer
 torch.distributed.init_process_group("gloo")  # and no accelerate
 rank = torch.distributed.get_rank()

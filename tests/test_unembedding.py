@@ -1,18 +1,19 @@
+"""The head is described as it computes, under adapters and in any precision, or refused by name."""
+
+import warnings
+
+import accelerate
+import numpy as np
 import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, build_model, build_rows
-from oracles import row_gradient
+from torch import nn
 
-from forvalue_callbacks.model.backbone import Backbone, left_as_found
+from forvalue_callbacks import ForValueScorer
+from forvalue_callbacks.model.backbone import Backbone
 from forvalue_callbacks.model.unembedding import linear_map
-
-
-def batch(padding="right"):
-    torch.manual_seed(1)
-    ids, mask = torch.randint(3, VOCAB, (2, 9)), torch.ones(2, 9, dtype=torch.long)
-    mask[0, slice(0, 3) if padding == "left" else slice(6, 9)] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+from helpers.models import ARCHITECTURES, batch, build_model, build_rows
+from helpers.oracles import row_gradient
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -95,25 +96,6 @@ def test_half_precision_and_autocast_pass_the_check():
     Backbone(build_model(), dtype="bfloat16").check(batch())
 
 
-def test_left_padding_gives_the_hidden_states_of_the_bare_row():
-    """GPT-2 has learned absolute positions: without position ids a left-padded row would sit elsewhere."""
-    for architecture in ("gpt2", "llama"):
-        backbone, padded = Backbone(build_model(architecture)), batch("left")
-        with torch.no_grad():
-            bare = backbone.hidden_states({"input_ids": padded["input_ids"][:1, 3:]})
-            assert torch.allclose(backbone.hidden_states(padded)[:1, 3:], bare, atol=1e-5)
-
-
-def test_modes_are_restored_module_by_module():
-    model = build_model().train()
-    model.model.layers[0].eval()
-    before = [m.training for m in model.modules()]
-    with left_as_found(model):
-        assert not any(m.training for m in model.modules())
-        assert not torch.is_grad_enabled()
-    assert [m.training for m in model.modules()] == before
-
-
 def test_the_oracle_sees_a_dropped_softcap():
     """An oracle is trusted after it was seen to fail: gradients with and without the soft-cap differ."""
     row = build_rows(1)[0]
@@ -121,3 +103,74 @@ def test_the_oracle_sees_a_dropped_softcap():
     with_cap = row_gradient(model, row)
     model.config.final_logit_softcapping = None
     assert float((row_gradient(model, row) - with_cap).abs().max() / with_cap.abs().max()) > 1e-2
+
+
+ADAPTERS = {
+    "dora": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True, init_lora_weights=False),
+    "lora bias": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], lora_bias=True, init_lora_weights=False),
+    "rslora": lambda: peft.LoraConfig(r=4, target_modules=["lm_head"], use_rslora=True, init_lora_weights=False),
+    "ia3": lambda: peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[], init_ia3_weights=False),
+    "ia3 on inputs": lambda: peft.IA3Config(
+        target_modules=["lm_head"], feedforward_modules=["lm_head"], init_ia3_weights=False
+    ),
+    "lokr": lambda: peft.LoKrConfig(r=4, target_modules=["lm_head"], init_weights=False),
+    "loha": lambda: peft.LoHaConfig(r=4, target_modules=["lm_head"], init_weights=False),
+    "oft": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=["lm_head"], init_weights=False),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_head_under_any_linear_adapter_scores_as_the_merged_one_does(kind):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():  # peft's, of kinds of adapters
+        warnings.simplefilter("ignore")
+        architecture = "phi-bias" if "bias" in kind else "llama"  # peft merges a bias into a bias only
+        model = peft.get_peft_model(build_model(architecture, torch.float64), ADAPTERS[kind]()).double().eval()
+    rows = build_rows(6)
+    before = build_model(architecture, torch.float64).lm_head.weight
+    scorer = ForValueScorer(model, rows[3:], progress=False)
+    values = scorer.score(rows[:3]).values
+    assert not torch.allclose(scorer.backbone.head().weight, before)
+    ids = torch.tensor(rows[0]["input_ids"])[None]
+    with torch.no_grad():
+        own, hidden = model(input_ids=ids).logits, scorer.backbone.hidden_states({"input_ids": ids})
+    assert torch.allclose(
+        scorer.backbone.head().logits(hidden[0]), own[0], rtol=0, atol=1e-13 * float(own.abs().max())
+    )
+    merged = model.merge_and_unload().eval()
+    expected = ForValueScorer(merged, rows[3:], progress=False).score(rows[:3]).values
+    assert np.abs(values - expected).max() <= 1e-12 * np.abs(expected).max()
+
+
+def test_an_adapter_that_is_not_linear_is_refused_by_name():
+    model = peft.get_peft_model(
+        build_model(), peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True, init_lora_weights=False)
+    )
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output**2)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: adapter \['default'\] on the output head.*Merge it"):
+        Backbone(model)
+
+
+def test_an_offloaded_head_under_an_adapter_is_read_without_dropout():
+    lora = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, lora_dropout=0.5)
+    torch.manual_seed(0)
+    plain = peft.get_peft_model(build_model(), lora)
+    torch.manual_seed(0)
+    offloaded = peft.get_peft_model(build_model(), lora).train()
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    rows = build_rows(6)
+    values = ForValueScorer(offloaded, rows[3:], progress=False).score(rows[:3]).values
+    expected = ForValueScorer(plain, rows[3:], progress=False).score(rows[:3]).values
+    assert np.abs(values - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+class Quantised(torch.Tensor):
+    """As torchao's: it says that it is floating-point."""
+
+
+def test_a_quantised_head_is_refused_by_name_and_weights_that_are_nowhere_too():
+    model = build_model()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.as_subclass(Quantised), requires_grad=False)
+    for refused in (model, build_model().to("meta")):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM: the output head Linear has no dense.*quantised"):
+            Backbone(refused)

@@ -6,11 +6,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, build_model, build_rows
-from oracles import relative
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
 from forvalue_callbacks.model.plan import PASS_COST, pack, padded_tokens, shared_prefixes
+from helpers.models import ARCHITECTURES, VOCAB, build_model, build_rows
+from helpers.oracles import relative
 
 SLIDING = {"mistral", "gemma2-softcap", "gemma3-softcap", "gemma3"}
 
