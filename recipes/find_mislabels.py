@@ -19,6 +19,7 @@ import csv
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, baselines
+from forvalue_callbacks.methods.label_model import LabelModel
 from forvalue_callbacks.model.backbone import left_as_found
 from forvalue_callbacks.tiny import instructions
 
@@ -157,9 +159,11 @@ def auc(scores: np.ndarray, rows: Dataset, within: bool) -> float:
 
 def states(scorer: ForValueScorer, rows: Dataset) -> np.ndarray:
     """[state that predicts the answer's first token | mean state of the prompt], (rows, 2 d): what the probes see."""
+    method = LabelModel()
     with left_as_found(scorer.backbone.model):
-        found, _, _ = scorer.batcher.map(rows, lambda b: torch.cat([b.first_RD, b.prompt_RD], 1).cpu(), "states")
-    return torch.stack([found[i] for i in range(len(rows))]).numpy()
+        score = partial(method.score, {}, scorer.backbone.head())
+        windows = list(scorer.run.windows(rows, method, score, "states"))
+    return np.concatenate([window.columns["features"] for window in windows])
 
 
 def probe() -> Any:

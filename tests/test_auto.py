@@ -1,23 +1,22 @@
 """method="auto": evidence weighed, what it finds and what it says that it cannot."""
 
 import logging
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform
+from forvalue_callbacks.core.stats import auc
 from forvalue_callbacks.data.corruption import KINDS
-from forvalue_callbacks.methods.auto import _scores
+from forvalue_callbacks.methods.auto import Auto
+from forvalue_callbacks.methods.base import Found
 from forvalue_callbacks.methods.measures import (
     FOLDS,
     HALF_CANDIDATES,
     ROW_CANDIDATES,
     Match,
-    Measured,
 )
-from forvalue_callbacks.scores.scores import auc
 from helpers.answers import EOS, answered
 from helpers.models import build_model, build_rows
 from helpers.oracles import relative
@@ -38,39 +37,43 @@ def repeated(n, seed=0, noise=0.0):
 
 def drawn(rng, n, shift=0.0, columns=slice(None)):
     """Numbers drawn at random for n rows, lower by a shift."""
-    side = torch.from_numpy(rng.normal(size=(n, 4)))
+    side = rng.normal(size=(n, 4))
     row, half = rng.normal(size=(n, len(ROW_CANDIDATES))), rng.normal(size=(n, 2, len(HALF_CANDIDATES)))
     half[:, :, columns] -= shift
-    return Measured(row, half, side, side + 0.1, np.zeros(n), np.ones(n, dtype=int), np.arange(n))
+    found = dict(zip(ROW_CANDIDATES, row.T, strict=True)) | {"prompt": side, "answer": side + 0.1, "row": np.arange(n)}
+    found |= {name: half[:, :, k] for k, name in enumerate(HALF_CANDIDATES)}
+    found["alone"] = found["mean log-likelihood"] - found["mutual information"]
+    return found | {"alone, fitted": found["fitted_likelihood"] - found["mutual information, fitted"]}
 
 
 def scores_of(clean, copied, train):
     """From what was measured, the same draws of folds each time; copies are in the order of the clean rows."""
-    copies = {kind: (copy, np.arange(len(copy.index))) for kind, copy in copied.items()}
-    return _scores(clean, copies, train, [None] * len(train.index), np.random.default_rng(1))
+    state = {"clean": clean, "copies": copied, "rng": np.random.default_rng(1)}
+    return Auto().finish(state, Found(lambda: iter([train]), len(train["row"])))
 
 
 def test_training_rows_are_judged_by_both_halves_alike_and_validation_rows_by_the_other_one():
     rng = np.random.default_rng(0)
     clean, copied, train = drawn(rng, 40), {"swapped": drawn(rng, 40, 2.0)}, drawn(rng, 50, 1.0)
-    want = scores_of(clean, copied, train).values
-    swapped = replace(train, half_NHF=train.half_NHF[:, ::-1])
-    np.testing.assert_allclose(scores_of(clean, copied, swapped).values, want, rtol=1e-10)
-    other = train.half_NHF.copy()
-    other[:, 1] += 0.5
-    assert relative(scores_of(clean, copied, replace(train, half_NHF=other)).values, want) > 1e-3
+    want, _ = scores_of(clean, copied, train)
+    halves = {name: values for name, values in train.items() if values.shape[1:] == (2,)}
+    swapped = train | {name: values[:, ::-1] for name, values in halves.items()}
+    np.testing.assert_allclose(scores_of(clean, copied, swapped)[0], want, rtol=1e-10)
+    other = train | {name: values + np.array([0.0, 0.5]) for name, values in halves.items()}
+    assert relative(scores_of(clean, copied, other)[0], want) > 1e-3
     for measured in (clean, *copied.values()):  # what a row's own half says of it
-        measured.half_NHF[np.arange(40), np.arange(40) % 2] = np.nan
-    np.testing.assert_array_equal(scores_of(clean, copied, train).values, want)
+        for name in halves:
+            measured[name][np.arange(40), np.arange(40) % 2] = np.nan
+    np.testing.assert_array_equal(scores_of(clean, copied, train)[0], want)
 
 
 def test_a_kind_that_cannot_be_told_has_no_share_though_the_training_rows_look_like_it():
     rng = np.random.default_rng(4)
     clean, train = drawn(rng, 60), drawn(rng, 100, 2.0, slice(1))
     copied = {"swapped": drawn(rng, 60, 0.1, slice(1)), "truncated": drawn(rng, 60, 2.0, slice(5, 10))}
-    noise = scores_of(clean, copied, train).metadata["noise"]
-    assert noise["held_out"]["swapped"]["auc"] < 0.6 < noise["held_out"]["truncated"]["auc"]
-    assert noise["shares"]["swapped"] == 0
+    _, noise = scores_of(clean, copied, train)
+    assert noise.evidence["swapped"].auc < 0.6 < noise.evidence["truncated"].auc
+    assert noise.shares["swapped"] == 0
 
 
 def test_no_row_is_matched_by_what_was_learned_from_it_or_its_original(monkeypatch):
@@ -119,7 +122,7 @@ def test_auto_and_labels_agree_where_answers_repeat_and_find_the_wrong_ones():
     for method in ("label_model", "auto"):
         scores = ForValueScorer(model, validation, ForValueConfig(method=method), progress=False).score(train)
         values[method] = scores.values
-        assert abs(scores.metadata["noise"]["share"] - wrong.mean()) < 0.08
+        assert abs(scores.noise.share - wrong.mean()) < 0.08
         assert "estimated share" in scores.summary()
     np.testing.assert_array_equal(values["label_model"], values["auto"])
     assert auc(values["auto"][~wrong], values["auto"][wrong]) > 0.9
@@ -153,11 +156,10 @@ def test_auto_finds_swapped_answers_that_repeat_their_prompt():
     ok = np.isfinite(scores.values)
     assert ok.sum() == 199
     assert auc(scores.values[ok & ~wrong], scores.values[ok & wrong]) > 0.95
-    noise = scores.metadata["noise"]
-    assert abs(noise["share"] - 0.3) < 0.08
-    assert noise["held_out"]["swapped"]["auc"] > 0.95
-    assert set(noise["held_out"]) == set(KINDS)
-    assert "on your 80 held-out rows" in scores.summary()
+    assert abs(scores.noise.share - 0.3) < 0.08
+    assert scores.noise.evidence["swapped"].auc > 0.95
+    assert set(scores.noise.evidence) == set(KINDS)
+    assert "on your 80 validation rows" in scores.summary()
     assert (Drop("auto")(scores.values) == 0)[wrong].mean() > 0.8
 
 
@@ -167,7 +169,7 @@ def test_auto_says_what_it_cannot_find(caplog):
     scores = ForValueScorer(build_model("llama"), validation, ForValueConfig(method="auto"), progress=False).score(
         train
     )
-    assert scores.metadata["noise"]["held_out"]["swapped"]["auc"] < 0.65
+    assert scores.noise.evidence["swapped"].auc < 0.65
     assert "do not filter by this against it" in scores.summary()
     assert any("do not filter" in record.message for record in caplog.records)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from forvalue_callbacks.core.stats import auc
 from forvalue_callbacks.methods.calibration import fit_classifier, log_odds, shares
-from forvalue_callbacks.scores.scores import auc
 
 
 def mixture(n, share, seed):

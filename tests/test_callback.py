@@ -27,7 +27,7 @@ from forvalue_callbacks import (
     prefilter,
 )
 from forvalue_callbacks.policies import Policy
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 from forvalue_callbacks.trainer.callback import SCORES_FILE, apply_policy
 from helpers.models import build_model
 from helpers.oracles import relative

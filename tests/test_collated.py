@@ -305,7 +305,7 @@ def test_a_collator_is_called_once_a_row_with_a_copy():
 def test_rows_beyond_the_memory_for_what_a_collator_made_are_made_again(monkeypatch):
     model, rows, collate = llava()
     want = scorer(model, rows[6:], data_collator=collate).score(rows[:6])
-    monkeypatch.setattr("forvalue_callbacks.model.run.MADE_BYTES", 2000)  # a row of pixels in float64 takes 1,536
+    monkeypatch.setattr("forvalue_callbacks.data.reader.MADE_BYTES", 2000)  # a row of pixels in float64 takes 1,536
     calls = []
     few = scorer(model, rows[6:], data_collator=lambda examples: (calls.append(1), collate(examples))[1])
     assert relative(few.score(rows[:6]).values, want.values) < 1e-12

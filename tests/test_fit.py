@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, core
-from forvalue_callbacks.core.fit import RIDGES, fit_head
-from forvalue_callbacks.core.softmax import fit_softmax
+from forvalue_callbacks.core.fit import RIDGES, fit_head, fit_softmax
 from helpers.models import build_model, build_rows
 from helpers.oracles import HEADS, D, V, make, naive_log_p, relative
 

@@ -19,8 +19,9 @@ from forvalue_callbacks import (
     ForValueScorer,
     prefilter,
 )
-from forvalue_callbacks.methods.label_model import MAX_FEATURES, _expectation, _half_whitened, fit_labels
-from forvalue_callbacks.scores.scores import auc
+from forvalue_callbacks.core.stats import auc
+from forvalue_callbacks.methods.label_fit import FOLDS, expectation, fit_labels
+from forvalue_callbacks.methods.label_model import MAX_FEATURES, narrowed, narrowing
 from helpers.answers import rows_of
 from helpers.models import build_model, llava
 from helpers.oracles import relative
@@ -112,7 +113,7 @@ def test_the_expectation_step_is_that_of_a_loop():
     torch.manual_seed(0)
     log_p = (3 * torch.randn(30, 3, dtype=torch.float64)).log_softmax(1)
     observed = np.arange(30) % 3
-    truth, flips = _expectation(log_p, observed, iterations=2)
+    truth, flips = expectation(log_p, observed, iterations=2)
     noise = 0.8 * np.eye(3) + 0.1 * (1 - np.eye(3))
     for _ in range(2):
         q = np.array([[float(log_p[i, c].exp()) * noise[c, o] for c in range(3)] for i, o in enumerate(observed)])
@@ -179,20 +180,34 @@ def test_features_that_are_not_finite_are_refused():
         fit_labels(known, answers, torch.full((5, 6), torch.nan), np.zeros(5, dtype=int))
 
 
-def test_the_leading_directions_of_many_features_are_those_of_a_full_decomposition():
-    """40 directions that matter among 600 features: the inner products of all rows are those of the exact projection,
-    and the random state is as found."""
+def test_many_features_are_narrowed_to_what_inner_products_need():
+    """40 directions that matter among 600 features: the leading ones of validation rows hold them all; and the random
+    state is as found."""
     torch.manual_seed(0)
-    x = torch.randn(700, 40) @ torch.randn(40, 600) + 1e-3 * torch.randn(700, 600)
+    mix = torch.randn(40, 600)
+    known, x = torch.randn(60, 40) @ mix, torch.randn(500, 40) @ mix
     before = torch.random.get_rng_state()
-    found = _half_whitened(x, seed=0)
+    state = narrowing(known)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert found.shape == (700, MAX_FEATURES)
-    z = ((x - x.mean(0)) / x.std(0)).double()
-    values, vectors = torch.linalg.eigh(z.T @ z / len(z))
-    values, vectors = values[-MAX_FEATURES:], vectors[:, -MAX_FEATURES:]
-    want = (z @ vectors * (values + 0.01) ** -0.25).float()
-    torch.testing.assert_close(found @ found.T, want @ want.T, rtol=1e-3, atol=1e-2)
+    found = narrowed(state, x)
+    assert found.shape == (500, MAX_FEATURES)
+    z = (x - known.mean(0)) / known.std(0)
+    torch.testing.assert_close(found @ found.T, z @ z.T, rtol=1e-3, atol=0.2)
+    unseen = torch.randn(500, 600)  # directions that no validation row has are kept as far as chance goes
+    z = (unseen - known.mean(0)) / known.std(0)
+    want, got = z @ z.T, narrowed(state, unseen) @ narrowed(state, unseen).T
+    assert float(torch.corrcoef(torch.stack([want.flatten(), got.flatten()]))[0, 1]) > 0.9
+
+
+def test_rows_beyond_those_that_are_fitted_on_are_judged_like_them(monkeypatch):
+    (known, answers, *_), (x, _, observed, noisy) = clusters(60, 0), clusters(600, 1, 0.3)
+    whole = fit_labels(known, answers, x, observed)
+    some = fit_labels(known, answers, x[:300], observed[:300], all_observed=observed)
+    judged = some.judge(x[300:], observed[300:])
+    assert auc(judged[~noisy[300:]], judged[noisy[300:]]) > auc(whole.log_odds[~noisy], whole.log_odds[noisy]) - 0.02
+    assert ((judged > 0) == (whole.log_odds[300:] > 0)).mean() > 0.97
+    # Each is judged by the model of a fold in turn, whatever comes with it.
+    np.testing.assert_allclose(some.judge(x[300 : 300 + FOLDS], observed[300 : 300 + FOLDS]), judged[:FOLDS])
 
 
 # ---- the ways in ----
@@ -301,7 +316,7 @@ train, values = rows_of(90, 2, 0.3)[0], {}
 for method in ("label_model", "whitened", "whitened"):  # the last one finds the direction that the one before has kept
     config = ForValueConfig(method=method, direction_cache=sys.argv[2])
     scorer = ForValueScorer(build_model(), rows_of(60, 1)[0], config, progress=False)
-    scorer.batcher.max_tokens = 40
+    scorer.run.max_tokens = 40
     values[method] = scorer.score(train).values.tolist()
 values["pairs"] = scorer.pairwise(train, f"{sys.argv[2]}/pairs.npy").nanmean(1).tolist()
 with open(f"{sys.argv[2]}/{rank}.json", "w") as file:

@@ -1,23 +1,29 @@
 """What is measured on a row: matches, likelihoods and overlaps, against each of them written out."""
 
+from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer, baselines
+from forvalue_callbacks.core.stats import auc
+from forvalue_callbacks.methods.auto import Auto
+from forvalue_callbacks.methods.base import measured
 from forvalue_callbacks.methods.measures import (
+    CANDIDATES,
     FOLDS,
     HALF_CANDIDATES,
-    ROW_CANDIDATES,
-    Evidence,
     Half,
     Match,
+    Reference,
+    features,
+    leading,
     n_grams,
 )
-from forvalue_callbacks.model.run import concatenate
-from forvalue_callbacks.scores.scores import auc
+from forvalue_callbacks.model.positions import concatenate
 from helpers.answers import answer, answered, prepared
 from helpers.models import build_model
 from helpers.oracles import inverse_second_moment, relative, row_gradient
@@ -59,18 +65,29 @@ def test_the_match_is_a_cosine_of_whitened_sides_with_a_tenth_of_ridge():
     assert relative(Match(prompts, answers, fold)(prompts, answers, fold), want) < 1e-9
 
 
+def reference_of(scorer):
+    """What rows are measured against, and the method that measures them."""
+    method, run, samples = Auto(), scorer.run, scorer.validation.samples()
+    method.bos, head = 1, scorer.backbone.head()
+    halves = [Half.of(head, concatenate(run.positions(samples[h::2], method)), 0.01) for h in (0, 1)]
+    frequency = Counter(g for sample in samples for g in n_grams(sample.segments[0].tokens))
+    return method, {"reference": Reference(halves, len(samples), frequency)}
+
+
+def by_name(columns, half):
+    match = np.zeros(len(columns["index"]))
+    return dict(zip(CANDIDATES, features(columns, half, match).T, strict=True))
+
+
 def test_what_is_measured_on_a_row_is_that_of_the_row_alone():
     """Against the baselines' mutual information, the model's own logits, and n-grams counted by hand."""
     model, rows, validation = build_model("llama", torch.float64), answered(8, seed=1), answered(12, seed=2)
     scorer = ForValueScorer(model, validation, progress=False)
-    items = scorer._validation()
-    head = scorer.backbone.head()
     with torch.no_grad():
-        halves = [Half.of(head, concatenate(scorer.batcher.labelled(items[h::2])), 0.01) for h in (0, 1)]
-        evidence = Evidence(scorer.batcher, head, prepared(validation), halves, bos=1)
-        measured, reasons, _ = evidence.measure(rows, "rows")
-    assert reasons == [None] * 8
-    column = dict(zip(ROW_CANDIDATES, measured.row_NF.T, strict=True))
+        method, state = reference_of(scorer)
+        found = measured(scorer.run, method, state, rows, "rows")
+    assert found["index"].tolist() == list(range(8))
+    column = by_name(found, 0)
     assert relative(column["mutual information"], baselines.pmi(model, rows, bos_token_id=1)) < 1e-8
     assert relative(column["mean log-likelihood"], baselines.loss(model, rows)) < 1e-8
     for i, row in enumerate(rows):
@@ -90,7 +107,7 @@ def test_what_is_measured_on_a_row_is_that_of_the_row_alone():
     for h in (0, 1):
         plain = ForValueScorer(model, validation[h::2], progress=False).score(rows)
         after = ForValueScorer(model, validation[h::2], ForValueConfig("fitted_likelihood", "length"), progress=False)
-        by_half = dict(zip(HALF_CANDIDATES, measured.half_NHF[:, h].T, strict=True))
+        by_half = by_name(found, h)
         assert relative(by_half["gradient"], plain.values) < 1e-8
         assert relative(by_half["fitted_likelihood"], after.score(rows).values) < 1e-4
 
@@ -108,16 +125,15 @@ def test_what_half_of_the_validation_rows_says_of_a_row_is_written_out():
     """Against autograd on the head's weight, and a copy of the model with the moved head."""
     model, rows, validation = build_model("llama", torch.float64), answered(6, seed=1), answered(12, seed=2)
     scorer = ForValueScorer(model, validation, progress=False)
-    items, head = scorer._validation(), scorer.backbone.head()
     with torch.no_grad():
-        halves = [Half.of(head, concatenate(scorer.batcher.labelled(items[h::2])), 0.01) for h in (0, 1)]
-        measured, _, _ = Evidence(scorer.batcher, head, prepared(validation), halves, bos=1).measure(rows, "rows")
-    np.testing.assert_array_equal(measured.n_labelled, [len(answer(row)) for row in prepared(rows)])
-    np.testing.assert_allclose(measured.row_NF[:, ROW_CANDIDATES.index("length")], np.log(measured.n_labelled))
-    gradients, n = [row_gradient(model, row) for row in rows], measured.n_labelled
+        method, state = reference_of(scorer)
+        found = measured(scorer.run, method, state, rows, "rows")
+    np.testing.assert_array_equal(found["n_labelled"], [len(answer(row)) for row in prepared(rows)])
+    np.testing.assert_allclose(by_name(found, 0)["length"], np.log(found["n_labelled"]))
+    gradients, n = [row_gradient(model, row) for row in rows], found["n_labelled"]
     answers = [answer(row) for row in prepared(rows)]
     alone = [{"input_ids": [1, *tokens], "labels": [-100, *tokens]} for tokens in answers]
-    for h, half in enumerate(halves):
+    for h, half in enumerate(state["reference"].halves):
         metric = inverse_second_moment(model, validation[h::2])
         direction = torch.stack([row_gradient(model, row) for row in validation[h::2]]).mean(0)
         moved = deepcopy(model)
@@ -134,8 +150,8 @@ def test_what_half_of_the_validation_rows_says_of_a_row_is_written_out():
         want["mutual information, fitted"] = (after - after_alone) / n
         assert half.move_VD.any()
         assert tuple(want) == HALF_CANDIDATES
-        for column, (name, values) in enumerate(want.items()):
-            assert relative(measured.half_NHF[:, h, column], values) < 1e-6, name
+        for name, values in want.items():
+            assert relative(by_name(found, h)[name], values) < 1e-6, name
 
 
 def test_wide_states_are_kept_along_their_leading_directions(monkeypatch):
@@ -143,15 +159,14 @@ def test_wide_states_are_kept_along_their_leading_directions(monkeypatch):
     monkeypatch.setattr("forvalue_callbacks.methods.measures.MATCH_DIMENSIONS", 4)
     model, rows, validation = build_model("llama", torch.float64), answered(8, seed=1), answered(12, seed=2)
     scorer = ForValueScorer(model, validation, progress=False)
-    head = scorer.backbone.head()
     with torch.no_grad():
-        half = Half.of(head, concatenate(scorer.batcher.labelled(scorer._validation())), 0.01)
-        evidence = Evidence(scorer.batcher, head, prepared(validation), [half, half], bos=1)
-        clean, wide = (evidence.measure(side, "rows")[0] for side in (validation, rows))
-        narrow = evidence.project(clean), evidence.measure(rows, "rows")[0]
-    for name in ("prompt_ND", "answer_ND"):
-        known = getattr(clean, name)
-        _, _, directions = np.linalg.svd((known - known.mean(0)).numpy())
-        for before, after in zip((clean, wide), narrow, strict=True):
-            x, kept = getattr(before, name).numpy() @ directions[:4].T, getattr(after, name).numpy()
-            assert relative(kept @ kept.T, x @ x.T) < 1e-5, "up to a rotation"
+        method, state = reference_of(scorer)
+        clean, wide = (measured(scorer.run, method, state, side, "rows") for side in (validation, rows))
+        bases = leading(torch.from_numpy(clean["prompt"]).double(), torch.from_numpy(clean["answer"]).double())
+        narrow = {"reference": replace(state["reference"], bases=bases)}
+        after = measured(scorer.run, method, narrow, rows, "rows")
+    for name in ("prompt", "answer"):
+        _, _, directions = np.linalg.svd((clean[name] - clean[name].mean(0)).astype(np.float64))
+        x, kept = wide[name] @ directions[:4].T, after[name]
+        assert kept.shape == (8, 4)
+        assert relative(kept @ kept.T, x @ x.T) < 1e-5, "up to a rotation"

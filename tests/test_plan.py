@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
+from forvalue_callbacks.methods.gradient import Gradient
 from forvalue_callbacks.model.plan import PASS_COST, pack, padded_tokens, shared_prefixes
 from helpers.models import ARCHITECTURES, VOCAB, build_model, build_rows
 from helpers.oracles import relative
@@ -137,7 +138,7 @@ def test_scores_after_common_beginnings_are_those_of_the_bare_rows(architecture,
         return tokens_run(model, lambda: scorer.score(rows).values)
 
     got, fewer = score()
-    monkeypatch.setattr("forvalue_callbacks.model.run.WORTH_SHARING", 0.0)
+    monkeypatch.setattr("forvalue_callbacks.model.plan.WORTH_SHARING", 0.0)
     want, all_of_them = score()
     if architecture in SLIDING:  # what a window leaves out is not known from the beginning alone
         assert fewer == all_of_them
@@ -150,7 +151,7 @@ def test_scores_after_common_beginnings_are_those_of_the_bare_rows(architecture,
 def test_padding_does_not_count_positions_that_the_model_has_not(monkeypatch):
     """Long prompts with short answers and the other way round in one batch; the model has learned 64 positions."""
     monkeypatch.setattr("forvalue_callbacks.model.plan.PASS_COST", 1.0)  # or they would be two batches
-    monkeypatch.setattr("forvalue_callbacks.model.run.WORTH_SHARING", 1.0)
+    monkeypatch.setattr("forvalue_callbacks.model.plan.WORTH_SHARING", 1.0)
     model = build_model("gpt2", torch.float64)
     long, short = list(range(3, 55)), list(range(10, 20))
     rows = [{"input_ids": [*long, k, k + 1], "labels": [-100] * 52 + [k, k + 1]} for k in range(5)]
@@ -214,14 +215,14 @@ def test_every_rank_runs_the_model_equally_often(budget, monkeypatch):
     model = build_model("llama", torch.float64)
     rows = [*rows_with_a_system_prompt(10), *build_rows(3, seed=5)]
     scorer = ForValueScorer(model, rows[:1], ForValueConfig(max_tokens_per_batch=budget), progress=False)
-    items = [item for item, _ in scorer.batcher.items(rows)]
+    samples = list(scorer.run.reader.samples(rows))
     passes, found = [], []
     for rank in range(3):
         monkeypatch.setattr("forvalue_callbacks.model.run.world", lambda rank=rank: (rank, 3))
         run = []
         handle = model.base_model.register_forward_pre_hook(lambda *_, run=run: run.append(1))
         with torch.no_grad():
-            found += [i for batch in scorer.batcher.labelled(items, states=False) for i in batch.index]
+            found += [i for batch in scorer.run.positions(samples, Gradient()) for i in batch.index]
         handle.remove()
         passes.append(len(run))
     assert sorted(found) == list(range(13))

@@ -11,7 +11,7 @@ from forvalue_callbacks import (
     Reweight,
     prefilter,
 )
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 from helpers.models import build_model
 from helpers.trainers import (
     TRAIN,

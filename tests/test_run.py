@@ -2,13 +2,13 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
-from forvalue_callbacks.model import run as batching
-from forvalue_callbacks.model.run import Batcher
-from helpers.answers import prepared
+from forvalue_callbacks.data import reader
+from forvalue_callbacks.methods.gradient import Gradient
 from helpers.models import build_model, build_rows
 from helpers.oracles import (
     hidden_states,
@@ -48,9 +48,9 @@ def test_the_forward_pass_runs_in_the_dtype_asked_for():
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     for name, dtype in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
         seen.clear()
-        batcher = ForValueScorer(model, VALIDATION, ForValueConfig(forward_dtype=name), progress=False).batcher
+        run = ForValueScorer(model, VALIDATION, ForValueConfig(forward_dtype=name), progress=False).run
         with torch.no_grad():
-            (batch,) = batcher.labelled([item for item, _ in batcher.items(TRAIN[:1])])
+            (batch,) = run.positions(list(run.reader.samples(TRAIN[:1])), Gradient())
             with torch.autocast("cpu", torch.bfloat16, enabled=name is not None):
                 want = hidden_states(model, TRAIN[0])
         assert seen == {dtype}
@@ -62,15 +62,15 @@ def test_batches_are_joined_until_the_head_has_enough_positions():
     seen = []
 
     def sizes(batch):
-        seen.append(len(batch.labels_T))
-        assert len(batch.hidden_TD) == len(batch.labels_T) == sum(batch.lengths)
-        return batch.lengths
+        seen.append(len(batch.target_T))
+        assert len(batch.hidden_TD) == len(batch.target_T) == sum(batch.lengths)
+        return {"length": np.array(batch.lengths)}
 
-    apart, _, _ = scorer.batcher.map(TRAIN, sizes, "apart")
+    (apart,) = scorer.run.windows(TRAIN, Gradient(), sizes, "apart", tile=1)
     n_apart, total = len(seen), sum(seen)
     seen.clear()
-    together, _, _ = scorer.batcher.map(TRAIN, sizes, "together", positions=20)
-    assert together == apart
+    (together,) = scorer.run.windows(TRAIN, Gradient(), sizes, "together", tile=20)
+    np.testing.assert_array_equal(together.columns["length"], apart.columns["length"])
     assert sum(seen) == total
     assert len(seen) < n_apart
     assert all(n >= 20 for n in seen[:-1])
@@ -78,7 +78,7 @@ def test_batches_are_joined_until_the_head_has_enough_positions():
 
 def test_the_next_window_is_tokenised_while_the_model_runs(monkeypatch):
     """In a thread of its own; rows are read in that of the caller, the third window after the first one's results."""
-    monkeypatch.setattr(batching, "WINDOW", 4)
+    monkeypatch.setattr(reader, "WINDOW", 4)
     asked, tokenised, ready = [], [], threading.Event()
 
     def rows():
@@ -87,7 +87,7 @@ def test_the_next_window_is_tokenised_while_the_model_runs(monkeypatch):
             yield row
 
     scorer = ForValueScorer(build_model(), VALIDATION, progress=False)
-    prepare = scorer.batcher.prepare
+    prepare = scorer.run.reader.prepare
 
     def noted(example):
         tokenised.append(threading.current_thread())
@@ -95,12 +95,12 @@ def test_the_next_window_is_tokenised_while_the_model_runs(monkeypatch):
             ready.set()
         return prepare(example)
 
-    scorer.batcher.prepare = noted
-    windows = scorer.batcher.windows(rows(), lambda batch: batch.lengths, "rows")
-    assert len(next(windows)[0]) == 4
+    scorer.run.reader.prepare = noted
+    windows = scorer.run.windows(rows(), Gradient(), lambda batch: {"n": np.array(batch.lengths)}, "rows")
+    assert len(next(windows).samples) == 4
     assert ready.wait(10)
     assert len(asked) == 8
-    assert sum(len(window) for window, _ in windows) == len(TRAIN) - 4
+    assert sum(len(window.samples) for window in windows) == len(TRAIN) - 4
     assert set(asked) == {threading.main_thread()}
     assert threading.main_thread() not in tokenised
 
@@ -155,10 +155,7 @@ def test_the_model_is_left_exactly_as_found():
     assert not any(p.is_inference() for p in [*model.parameters(), *model.buffers()])
 
 
-def test_the_batcher_takes_rows_that_are_prepared():
-    model, rows = build_model(), build_rows(6)
-    scorer = ForValueScorer(model, build_rows(2, seed=1), progress=False)
-    assert isinstance(scorer.batcher, Batcher)
-    given, _, _ = scorer.batcher.map(rows, lambda batch: batch.lengths, "rows")
-    ready, _, _ = scorer.batcher.map(prepared(rows), lambda batch: batch.lengths, "rows")
-    assert given == ready
+def test_samples_are_scored_as_their_rows_are():
+    scorer = ForValueScorer(build_model(), VALIDATION, progress=False)
+    samples = list(scorer.run.reader.samples(TRAIN))
+    np.testing.assert_array_equal(scorer.score(samples).values, scorer.score(TRAIN).values)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
+from forvalue_callbacks.data import reader
 from forvalue_callbacks.data.sft import RowConfig
-from forvalue_callbacks.model import run as batching
+from forvalue_callbacks.methods import METHODS
+from forvalue_callbacks.methods.label_model import LabelModel
 from helpers.models import ARCHITECTURES, build_model, build_rows, llava
 from helpers.oracles import (
     inverse_second_moment,
@@ -59,13 +61,12 @@ def test_the_oracle_sees_a_planted_fault(fault):
 
 def test_prompt_means_and_first_states_equal_a_loop():
     model = build_model("llama", torch.float64)
-    batcher = ForValueScorer(model, VALIDATION, progress=False).batcher
-    items = [item for item, _ in batcher.items(TRAIN)]
+    run = ForValueScorer(model, VALIDATION, progress=False).run
     with torch.no_grad():
-        for batch in batcher.labelled(items):
-            for item, prompt, first in zip(batch.items, batch.prompt_RD, batch.first_RD, strict=True):
-                states = model.base_model(input_ids=torch.from_numpy(item.row.input_ids)[None]).last_hidden_state[0]
-                start = int((item.row.labels != -100).argmax())
+        for batch in run.positions(list(run.reader.samples(TRAIN)), LabelModel()):
+            for index, prompt, first in zip(batch.index, batch.prompt_RD, batch.first_RD, strict=True):
+                states = model.base_model(input_ids=torch.tensor([TRAIN[index]["input_ids"]])).last_hidden_state[0]
+                start = next(t for t, label in enumerate(TRAIN[index]["labels"]) if label != -100)
                 torch.testing.assert_close(prompt, states[:start].mean(0), rtol=1e-10, atol=1e-12)
                 torch.testing.assert_close(first, states[start - 1], rtol=1e-10, atol=1e-12)
 
@@ -88,7 +89,7 @@ def test_scores_are_the_same_whatever_the_row_order_and_the_window(monkeypatch):
     model, order = build_model(), torch.randperm(len(TRAIN)).tolist()
     want = score(model).values
     assert relative(score(model, [TRAIN[i] for i in order], VALIDATION[::-1]).values, want[order]) < 1e-6
-    monkeypatch.setattr(batching, "WINDOW", 3)
+    monkeypatch.setattr(reader, "WINDOW", 3)
     assert relative(score(model).values, want) < 1e-6
 
 
@@ -172,7 +173,7 @@ def test_pairwise_averages_to_the_score_and_keeps_bad_rows_as_nan():
 
 @pytest.mark.parametrize("window", [3, 4096])
 def test_pairs_go_to_a_file_a_window_at_a_time(window, monkeypatch, tmp_path):
-    monkeypatch.setattr(batching, "WINDOW", window)
+    monkeypatch.setattr(reader, "WINDOW", window)
     train = [TRAIN[0], {"input_ids": [5], "labels": [5]}, *TRAIN[1:]]
     scorer = ForValueScorer(build_model(), VALIDATION, progress=False)
     want = scorer.pairwise(train)
@@ -260,7 +261,7 @@ def test_a_direction_is_kept_for_other_processes(method, normalize, tmp_path, mo
 
     first = scorer(build_model())
     want = first.score(TRAIN)
-    monkeypatch.setattr(ForValueScorer, "_fit", lambda self: pytest.fail("the method is computed again"))
+    monkeypatch.setattr(METHODS[method], "fit", lambda *_: pytest.fail("the direction is computed again"))
     again = scorer(build_model(), max_tokens_per_batch=50)
     got = again.score(TRAIN)
     assert relative(got.values, want.values) < 1e-5

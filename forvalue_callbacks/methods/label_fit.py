@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..core.fit import fit_softmax, logits
-from ..core.stats import auc
+from ..core.stats import auc, power_of_moment
 
 FOLDS = 5
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0)
@@ -106,8 +106,8 @@ class FeatureMap:
         self.center = torch.zeros(n_features).to(x_NF) if standardised else x_NF.mean(0)
         self.spread = torch.ones(n_features).to(x_NF) if standardised else x_NF.std(0).clamp(min=1e-9)
         z = (x_NF - self.center) / self.spread
-        values, vectors = torch.linalg.eigh((z.T @ z).double() / len(z))
-        self.root = (vectors * (values.clamp(min=0) + WHITENING_RIDGE) ** -0.25).to(z.dtype)
+        moment = (z.T @ z).double() / len(z)
+        self.root = power_of_moment(moment, -0.25, floor=WHITENING_RIDGE, rotated=True).to(z.dtype)
 
     def __call__(self, x_NF: Tensor) -> Tensor:
         return (x_NF.float() - self.center) / self.spread @ self.root

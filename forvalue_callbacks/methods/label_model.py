@@ -57,7 +57,7 @@ class LabelModel(Method):
             )
         features = torch.from_numpy(known["features"])
         narrow = {} if features.shape[1] <= MAX_FEATURES else narrowing(features)
-        return {**narrow, "features": _narrowed(narrow, features), "answer": known["answer"], "last": known["last"]}
+        return {**narrow, "features": narrowed(narrow, features), "answer": known["answer"], "last": known["last"]}
 
     def score(self, state: State, head: Head, positions: Positions) -> Columns:
         assert positions.prompt_RD is not None
@@ -69,7 +69,7 @@ class LabelModel(Method):
                 reasons[i] = "no prompt: method='label_model' judges an answer by its prompt"
         answers = [xxhash.xxh3_64_intdigest(segment.target.tobytes()) for segment in positions.segments]
         return {
-            "features": _narrowed(state, features).numpy(),
+            "features": narrowed(state, features).numpy(),
             "answer": np.array(answers, dtype=np.uint64).view(np.int64),
             "last": np.array([segment.target[-1] for segment in positions.segments], dtype=np.int64),
             "log_likelihood": log_p,
@@ -135,7 +135,8 @@ def narrowing(features_MF: Tensor, seed: int = 0) -> dict[str, Tensor]:
     return {"center": center, "spread": spread, "directions": directions}
 
 
-def _narrowed(state: State, features: Tensor) -> Tensor:
+def narrowed(state: State, features: Tensor) -> Tensor:
+    """Features as they are kept."""
     if "directions" not in state:
         return features
     return (features - state["center"]) / state["spread"] @ state["directions"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import core
 from ..core.fit import fit_head
+from ..core.stats import power_of_moment
 from ..data.sample import Segment
 from ..model.positions import Columns, Positions
 from .base import reasons_unless
@@ -226,9 +227,8 @@ class _Whitening:
     def __init__(self, x_ND: Tensor):
         self.mean_D = x_ND.mean(0)
         centred = x_ND - self.mean_D
-        values, vectors = torch.linalg.eigh(centred.T @ centred / len(x_ND))
-        values = values.clamp(min=0)
-        self.map_DD = vectors * (values + MATCH_RIDGE * values.mean() + 1e-12) ** -0.5
+        moment = centred.T @ centred / len(x_ND)
+        self.map_DD = power_of_moment(moment, -0.5, ridge=MATCH_RIDGE, floor=1e-12, rotated=True)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         return (x_ND - self.mean_D) @ self.map_DD

@@ -6,7 +6,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from forvalue_callbacks import TINY_MODEL
-from forvalue_callbacks.tiny.world import instructions
+from forvalue_callbacks.tiny import instructions
 from helpers.models import build_model, build_rows
 
 TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
