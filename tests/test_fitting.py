@@ -123,7 +123,7 @@ def test_one_validation_row_cannot_be_held_out_and_moves_nothing():
 def test_the_scorers_fitted_scores_are_log_likelihoods_after_and_before(architecture):
     model = build_model(architecture, torch.float64)
     scorers = {
-        d: ForValueScorer(model, VALIDATION, ForValueConfig(direction=d), progress=False)
+        d: ForValueScorer(model, VALIDATION, ForValueConfig(method=d), progress=False)
         for d in ("fitted", "fitted_likelihood")
     }
     gain, after = (scorer.score(TRAIN) for scorer in scorers.values())
