@@ -48,3 +48,11 @@ def score_by_double_sum(model, row, validation_row):
         onehot = torch.eye(len(weight), dtype=weight.dtype)
         sides.append([(onehot[labels[k + 1]] - p[k], hidden[k]) for k in positions])
     return float(sum((e @ f) * (h @ g) for e, h in sides[0] for f, g in sides[1]))
+
+
+def loss_gradient(model, name, batch, n):
+    """Autograd: gradient in the parameter called `name` of the log-likelihood of a batch's `n` labels, by the loss that
+    the model is trained by, which is their mean."""
+    leaf = model.get_parameter(name).detach().clone().requires_grad_(True)
+    (-functional_call(model, {name: leaf}, kwargs=dict(batch), tie_weights=False).loss * n).backward()
+    return leaf.grad
