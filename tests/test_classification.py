@@ -177,17 +177,27 @@ def test_the_check_holds_in_any_precision_and_for_two_classes(name, dtype, seed)
     assert backbone.head().vocab_size == 2
 
 
+def test_a_cap_that_a_classifier_does_not_apply_is_not_seen_in_an_overflow_of_half_precision():
+    model = build("Gemma2ForSequenceClassification", torch.float16)
+    with torch.no_grad():  # logits far smaller than the inputs of the head
+        model.score.weight.normal_(std=0.01)
+        model.model.norm.weight.fill_(2.0)
+    backbone = Backbone(model)
+    backbone.check(build_batches("Gemma2ForSequenceClassification")[2])
+    assert (backbone.head().scale, backbone.head().softcap) == (1.0, None)
+
+
 class Twisted(transformers.BertForSequenceClassification):
     """Something else behind the last linear map."""
 
-    def forward(self, **inputs):
-        return SequenceClassifierOutput(logits=super().forward(**inputs).logits.sin())
+    def forward(self, input_ids, attention_mask=None):
+        return SequenceClassifierOutput(logits=super().forward(input_ids, attention_mask).logits.sin())
 
 
 class Averaged(transformers.LlamaForSequenceClassification):
     """The mean of the logits of all tokens."""
 
-    def forward(self, input_ids, attention_mask=None, **inputs):
+    def forward(self, input_ids, attention_mask=None):
         return SequenceClassifierOutput(logits=self.score(self.model(input_ids).last_hidden_state).mean(1))
 
 

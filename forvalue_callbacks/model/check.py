@@ -22,7 +22,7 @@ _SAME = {torch.float64: 1e-10, torch.float32: 1e-5}
 _SAME_HALF = 3e-4
 # Positions whose logits are compared.
 _CHECKED = 8
-# Outputs of the head at which any soft-cap has saturated; below the largest float16.
+# Inputs or outputs of the head at which any soft-cap has saturated; below the largest float16.
 _LARGE = 3e4
 
 
@@ -121,7 +121,8 @@ def _check_head(backbone: Backbone, inputs: dict[str, Any], seen: _Seen, real: T
         candidates = named_transforms(backbone.causal.config)
         pairs = [pair(seen)]
         if any(cap is not None for _, cap in candidates) or not _equal(*pairs[0]):
-            gain = _LARGE / max(1.0, float(at(seen.head_output).abs().max()))
+            largest = (float(at(states).abs().max()) for states in (seen.head_input, seen.head_output))
+            gain = _LARGE / max(1.0, *largest)  # neither may overflow
             pairs.append(pair(_observe(backbone, inputs, gain)))
         backbone.transform = seen_transform(candidates, pairs)
     head = backbone.head()
