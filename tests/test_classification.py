@@ -123,6 +123,12 @@ def test_gradients_are_those_of_the_loss_that_the_model_is_trained_by(name):
     assert (backbone.head().scale, backbone.head().softcap) == (1.0, None)
 
 
+@pytest.mark.parametrize("name", ["DistilBertForSequenceClassification", "RobertaForSequenceClassification"])
+def test_the_head_is_the_last_map_where_others_have_as_many_outputs(name):
+    backbone = is_autograd(build(name, num_labels=32), name, f"{FAMILIES[name][1]}.weight")
+    assert backbone.head().weight.shape == (32, 32)
+
+
 def test_a_classifier_without_a_padding_token_takes_the_last_token_of_each_row():
     name = "GPT2ForSequenceClassification"
     is_autograd(build(name, settings=GPT2), name, "score.weight")
