@@ -48,15 +48,3 @@ def score_by_double_sum(model, row, validation_row):
         onehot = torch.eye(len(weight), dtype=weight.dtype)
         sides.append([(onehot[labels[k + 1]] - p[k], hidden[k]) for k in positions])
     return float(sum((e @ f) * (h @ g) for e, h in sides[0] for f, g in sides[1]))
-
-
-def label_gradient(model, name, batch):
-    """Autograd: gradient in the parameter called `name` of the log-likelihood of a batch's `labels`, which are those
-    of its logits place by place, as the loss that the model is trained by has them."""
-    leaf = model.get_parameter(name).detach().clone().requires_grad_(True)
-    output = functional_call(model, {name: leaf}, kwargs=dict(batch), tie_weights=False)
-    labels = batch["labels"].flatten()
-    log_p = -torch.nn.functional.cross_entropy(output.logits.view(len(labels), -1), labels, reduction="sum")
-    assert torch.isclose(-log_p / (labels != -100).sum(), output.loss.to(log_p))
-    log_p.backward()
-    return leaf.grad

@@ -4,15 +4,15 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import VOCAB
-from oracles import label_gradient, relative
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from forvalue_callbacks.core import add_gradient
 from forvalue_callbacks.data.classification import sequence_segment, token_segment
 from forvalue_callbacks.data.reasons import UnscorableError
 from forvalue_callbacks.model.backbone import Backbone
+from helpers.models import VOCAB
+from helpers.oracles import relative
+from helpers.trained import label_gradient, segment_gradients
 
 CLASSES = 5
 TEXT = {
@@ -91,26 +91,13 @@ def padded(segments):
     }
 
 
-def gradients(backbone, segments, together):
-    with torch.no_grad():
-        if together:
-            hidden = list(backbone.hidden_states(padded(segments)))
-        else:
-            hidden = [backbone.hidden_states(segment.inputs)[0] for segment in segments]
-    head, out = backbone.head(), []
-    for segment, states in zip(segments, hidden, strict=True):
-        target = torch.as_tensor(segment.target)
-        out.append(add_gradient(torch.zeros_like(head.weight), head, states[torch.as_tensor(segment.at)], target))
-    return out
-
-
 def is_autograd(model, name, parameter):
     backbone, batches = Backbone(model), build_batches(name)
     segments = segments_of(name, batches)
     backbone.check(segments[0].inputs)
     expected = [label_gradient(model, parameter, batch) for batch in batches]
-    for together in (False, True):
-        for found, wanted in zip(gradients(backbone, segments, together), expected, strict=True):
+    for batch in (None, padded(segments)):
+        for found, wanted in zip(segment_gradients(backbone, segments, batch), expected, strict=True):
             assert relative(found, wanted) < 1e-10
     return backbone
 

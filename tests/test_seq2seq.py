@@ -5,15 +5,15 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import VOCAB
-from oracles import label_gradient, relative
 from torch import nn
 from transformers import DataCollatorForSeq2Seq
 
-from forvalue_callbacks.core import add_gradient
 from forvalue_callbacks.data.reasons import UnscorableError
 from forvalue_callbacks.data.seq2seq import decoder_segment, shifted_right
 from forvalue_callbacks.model.backbone import Backbone
+from helpers.models import VOCAB
+from helpers.oracles import relative
+from helpers.trained import label_gradient, segment_gradients
 
 TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIDES = {
@@ -85,28 +85,14 @@ def padded(segments):
     return {name: stack(name, fills[name]) for name in segments[0].inputs}
 
 
-def gradients(backbone, segments, together):
-    """One gradient per row, from inputs of the head, of rows by themselves or in one batch."""
-    with torch.no_grad():
-        if together:
-            hidden = list(backbone.hidden_states(padded(segments)))
-        else:
-            hidden = [backbone.hidden_states(segment.inputs)[0] for segment in segments]
-    head, out = backbone.head(), []
-    for segment, states in zip(segments, hidden, strict=True):
-        target = torch.as_tensor(segment.target)
-        out.append(add_gradient(torch.zeros_like(head.weight), head, states[torch.as_tensor(segment.at)], target))
-    return out
-
-
 def is_autograd(model, family, prefix=""):
     backbone, batches = Backbone(model), build_batches(family)
     assert backbone.kind == "seq2seq"
     segments = segments_of(backbone, batches)
-    backbone.check(segments[0].inputs)
+    backbone.check(segments[0].inputs, batches[0]["labels"].clamp(min=-1))
     expected = [label_gradient(model, f"{prefix}{FAMILIES[family][2]}.weight", batch) for batch in batches]
-    for together in (False, True):
-        for found, wanted in zip(gradients(backbone, segments, together), expected, strict=True):
+    for batch in (None, padded(segments)):
+        for found, wanted in zip(segment_gradients(backbone, segments, batch), expected, strict=True):
             assert relative(found, wanted) < 1e-10
     return backbone
 
@@ -162,10 +148,12 @@ class Peeking(transformers.BartForConditionalGeneration):
 def test_a_decoder_that_reads_later_tokens_is_refused_and_an_encoder_may():
     model = Peeking(transformers.BartConfig(**SIDES)).eval()
     backbone = Backbone(model)
-    inputs = segments_of(backbone, build_batches("bart"))[0].inputs
-    with pytest.raises(ValueError, match="Peeking reads later tokens"):
-        backbone.check(inputs)
-    Backbone(build("bart")).check(segments_of(backbone, build_batches("bart"))[0].inputs)
+    batch = build_batches("bart")[0]
+    inputs = segments_of(backbone, [batch])[0].inputs
+    for predicted in (None, batch["labels"].clamp(min=-1)):
+        with pytest.raises(ValueError, match="Peeking reads later tokens"):
+            backbone.check(inputs, predicted)
+        Backbone(build("bart")).check(inputs, predicted)
 
 
 def test_only_the_tables_of_the_decoder_limit_its_length():

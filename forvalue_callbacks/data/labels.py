@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .reasons import UnscorableError
-from .sft import IGNORED
+from .sample import IGNORED
 
 
 def in_place(labels: Tensor, n_outputs: int, column: str = "labels") -> tuple[np.ndarray, np.ndarray]:

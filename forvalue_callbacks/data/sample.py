@@ -1,18 +1,104 @@
-"""What is run, and what is predicted there."""
+"""Sample and Segment: what is run, and what is predicted where. The one place where labels are shifted.
+
+Every kind of row is a producer of these: a row of tokens, what a data collator made, a decoder's positions, a class at
+one position. Nothing that comes after knows which.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+IGNORED = -100  # the label of a token that is not scored
+
 
 @dataclass(frozen=True)
 class Segment:
-    inputs: Mapping[str, Any]
+    """Run these inputs: the hidden states `at` predict `target`.
+
+    Args:
+        inputs: of one row: `input_ids`, int64 (L,), where a row is tokens and no more (`token_type_ids` beside them
+            for a model that adds an embedding of type 0); else what the model takes, as tensors with a leading 1.
+            Or what makes them again, where keeping them would take too much memory.
+        at: int64 (T,), ascending: positions of the hidden states.
+        target: int64 (T,): what is predicted there.
+        weight: +1, or -1 for what should become less likely.
+        n_prompt: so many of the first inputs come before anything that is learnt.
+    """
+
+    inputs: Mapping[str, Any] | Callable[[], Mapping[str, Any]]
     at: np.ndarray
     target: np.ndarray
     weight: float = 1.0
     n_prompt: int = 0
+
+    def load(self) -> Mapping[str, Any]:
+        """The inputs, made again where they are not kept."""
+        return self.inputs() if callable(self.inputs) else self.inputs
+
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """`input_ids` where the row is tokens and no more, int64 (L,); None where it is not."""
+        ids = None if callable(self.inputs) else self.inputs.get("input_ids")
+        return ids if isinstance(ids, np.ndarray) else None
+
+    @property
+    def n_read(self) -> int:
+        """Tokens that the model must read: nothing needs what follows the last prediction. 1 where nobody knows."""
+        return 1 if self.tokens is None else int(self.at[-1]) + 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of a data set.
+
+    Args:
+        index: its place there.
+        segments: what is to be run; empty where it cannot be scored.
+        digest: of the row as the model sees it, 16 hex digits.
+        reason: why it cannot be scored.
+        set_up: the reason is one of the set-up, if no row is without such.
+    """
+
+    index: int
+    segments: tuple[Segment, ...]
+    digest: str
+    reason: str | None = None
+    set_up: bool = False
+
+    @property
+    def answer(self) -> bytes:
+        """All that is predicted, as something that can be counted."""
+        return b"".join(segment.target.tobytes() for segment in self.segments)
+
+    @property
+    def n_read(self) -> int:
+        """Tokens that the model must read."""
+        return sum(segment.n_read for segment in self.segments)
+
+    @property
+    def n_labelled(self) -> int:
+        """Positions that predict something."""
+        return sum(len(segment.at) for segment in self.segments)
+
+
+def next_tokens(inputs: Mapping[str, Any] | Callable[[], Mapping[str, Any]], labels: np.ndarray) -> Segment:
+    """The segment of a model that predicts each token from those before it: position t predicts `labels[t + 1]`.
+
+    Args:
+        labels: int64 (L,), aligned with the inputs (not shifted); `IGNORED` where nothing is learnt.
+    """
+    at = np.flatnonzero(labels[1:] != IGNORED)
+    return Segment(inputs, at, labels[at + 1], n_prompt=int((labels != IGNORED).argmax()))
+
+
+def answer_alone(segment: Segment, bos: int) -> Segment:
+    """What a segment of tokens predicts, behind BOS and without its prompt."""
+    ids = np.append(bos, segment.target)
+    inputs = {**segment.load(), "input_ids": ids}
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"] = np.zeros_like(ids)
+    return replace(segment, inputs=inputs, at=np.arange(len(segment.target)), n_prompt=1)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .labels import in_place, labels_of, without_labels
 from .reasons import UnscorableError
-from .sample import Segment
-from .sft import IGNORED
+from .sample import IGNORED, Segment
 
 
 def shifted_right(labels: Tensor, start: int, pad: int) -> Tensor:

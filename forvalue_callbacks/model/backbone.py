@@ -314,9 +314,9 @@ class Backbone:
             inputs = self.inputs(batch)
             return self.causal.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
-    def check(self, batch: Mapping[str, Any]) -> None:
+    def check(self, batch: Mapping[str, Any], predicted_BL: Tensor | None = None) -> None:
         """See that the model is what is described here, on a batch, or refuse it by name: `model.check.check`."""
-        check(self, batch)
+        check(self, batch, predicted_BL)
 
 
 def _unwrapped(model: nn.Module) -> Any:

@@ -36,11 +36,14 @@ class _Seen:
     autocast: torch.dtype | None  # in which the head ran
 
 
-def check(backbone: Backbone, batch: Mapping[str, Any]) -> None:
+def check(backbone: Backbone, batch: Mapping[str, Any], predicted_BL: Tensor | None = None) -> None:
     """Run the whole model on a batch, see where its head gets its input and what becomes of it, and rebuild its
     logits; refuse, by name, a model that is not understood or, but for classifiers, one that reads later tokens.
 
     What is seen is written into the backbone: factor and soft-cap, and whether the whole model must be run.
+
+    Args:
+        predicted_BL: the token that each position predicts, -1 where it predicts none; None: the next one.
 
     Raises:
         ValueError: the logits differ by more than rounding explains, or are not finite; a later token changes
@@ -61,7 +64,7 @@ def check(backbone: Backbone, batch: Mapping[str, Any]) -> None:
         _check_head(backbone, inputs, seen, real)
         hidden = _check_body(backbone, inputs, seen, real)
         if not classifies(backbone.kind):
-            _check_causal(backbone, batch, inputs, seen.autocast, hidden, real)
+            _check_causal(backbone, predicted_BL, inputs, seen.autocast, hidden, real)
 
 
 def _observe(backbone: Backbone, inputs: dict[str, Any], gain: float = 1.0) -> _Seen:
@@ -165,7 +168,7 @@ def _place_holders(config: Any) -> Tensor:
 
 def _check_causal(
     backbone: Backbone,
-    batch: Mapping[str, Any],
+    predicted_BL: Tensor | None,
     inputs: dict[str, Any],
     autocast: torch.dtype | None,
     hidden: Tensor,
@@ -178,14 +181,13 @@ def _check_causal(
     ids = inputs.get(backbone.ids_name)
     if not isinstance(ids, Tensor) or ids.shape != real.shape or ids.shape[1] < 2:
         return
-    ids, real, labels = ids.cpu(), real.cpu(), ids.cpu()
-    if "labels" in batch and backbone.kind == "causal":
-        labels = torch.as_tensor(batch["labels"]).cpu()
+    ids, real = ids.cpu(), real.cpu()
+    predicted_BL = ids if predicted_BL is None else predicted_BL.cpu()
     held = _place_holders(backbone.causal.config)  # the place of an image must stay one, and none may come
-    texts = labels[(labels >= 0) & ~torch.isin(labels, held)].unique()
+    texts = predicted_BL[(predicted_BL >= 0) & ~torch.isin(predicted_BL, held)].unique()
     place = torch.arange(ids.shape[1]).expand_as(ids)
     last = (real * place).amax(1, keepdim=True)
-    later = nn.functional.pad(labels[:, :-1] >= 0, (1, 0)) & (place > last / 2) & real | (place == last)
+    later = nn.functional.pad(predicted_BL[:, :-1] >= 0, (1, 0)) & (place > last / 2) & real | (place == last)
     later &= ~torch.isin(ids, held)
     if not later.any() or not len(texts):
         return
