@@ -240,14 +240,6 @@ def test_a_model_that_reads_later_tokens_is_refused_by_name(name, dtype):
         ForValueScorer(model, rows[2:], progress=False).score(rows[:2])
 
 
-@pytest.mark.parametrize("name", ["BartForConditionalGeneration", "T5ForConditionalGeneration"])
-def test_an_encoder_decoder_is_refused_by_name_before_any_work(name):
-    model = getattr(transformers, name)
-    config = model.config_class(vocab_size=VOCAB, d_model=32, num_layers=1, encoder_layers=1, decoder_layers=1)
-    with pytest.raises(ValueError, match=f"{name} is an encoder-decoder"):
-        Backbone(model(config))
-
-
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("Qwen2VLForConditionalGeneration", {}), ("Qwen2_5_VLForConditionalGeneration", {"out_hidden_size": 32})],

@@ -32,7 +32,7 @@ def test_logits_are_rebuilt_for_every_architecture(architecture, padding):
 def test_a_head_described_without_its_transform_is_refused(architecture, dtype, monkeypatch):
     """The check itself is checked: forget the soft-cap, the scale or the bias, and it must refuse, in half precision
     too, where rounding explains more."""
-    monkeypatch.setattr("forvalue_callbacks.model.backbone.seen_transform", lambda *_: (1.0, None))
+    monkeypatch.setattr("forvalue_callbacks.model.check.seen_transform", lambda *_: (1.0, None))
     if architecture == "phi-bias":
         monkeypatch.setattr("forvalue_callbacks.model.backbone.linear_map", lambda *_: (linear_map(*_)[0], None))
     model = build_model(architecture, dtype)

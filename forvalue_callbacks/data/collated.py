@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from .reading import OwnRandomness, copied
 from .reasons import UnscorableError, place_of
-from .sample import IGNORED
+from .sample import IGNORED, Segment
 from .sft import TOKEN_COLUMNS, Row, RowPreparer, has_images, refuse_packed
 
 # What a collator may be given, of a row of tokens, where it stumbles over other columns (a trainer removes those of
@@ -138,6 +139,57 @@ class Collating:
             return self.collator([copied(example)])
 
 
+class OneByOne:
+    """Samples of models that are no language models from left to right (encoder-decoders, classifiers): what the data
+    collator makes of a row alone, as a segment.
+
+    Args:
+        collator: the trainer's; None: rows are tokenised, and become tensors as they are.
+        segment: makes the segment of a batch of one.
+        columns: what the collator is given of a row: a trainer removes all else.
+        max_positions: how many tokens the model takes.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[Any]], Mapping[str, Any]] | None,
+        segment: Callable[[Mapping[str, Any]], Segment],
+        columns: Collection[str],
+        max_positions: int | None,
+    ):
+        self.collator, self.segment = inner(collator) or default_data_collator, segment
+        self.columns, self.max_positions = columns, max_positions
+        self._random_numbers = OwnRandomness()
+
+    def read(self, example: Any) -> Segment:
+        """One example, left as it is.
+
+        Raises:
+            UnscorableError: it cannot be scored.
+        """
+        given = example
+        if isinstance(example, Mapping):
+            given = {name: value for name, value in example.items() if name in self.columns}
+        try:
+            with self._random_numbers:
+                batch = self.collator([copied(given)])
+        except Exception as error:  # whatever a user's collator finds wrong with a row is the row's reason
+            raise UnscorableError(f"the data_collator fails: {place_of(error)}") from error
+        if not isinstance(batch, Mapping):
+            raise UnscorableError(f"the data_collator gives a {type(batch).__name__}, not a mapping of model inputs")
+        segment = self.segment(batch)
+        inputs = dict(segment.load())
+        for name in ("input_ids", "decoder_input_ids"):
+            ids = inputs.get(name)
+            if isinstance(ids, Tensor) and self.max_positions is not None and ids.shape[1] > self.max_positions:
+                raise UnscorableError(
+                    f"{ids.shape[1]:,} tokens in {name!r}, but the model takes {self.max_positions:,}: truncate the row"
+                )
+        if "input_ids" in inputs:  # beside longer rows it must be known what is padding
+            inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        return replace(segment, inputs=inputs, n_prompt=max(1, int(segment.at[0])))
+
+
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: torch.as_tensor(value) if isinstance(value, np.ndarray) or name in TOKEN_COLUMNS else value
@@ -152,29 +204,35 @@ def n_bytes(batch: Mapping[str, Any]) -> int:
 
 
 def together(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One batch of several of one row each: what there is one of for each token is padded on the right, all else
-    (pixels, sizes of images) put together along its first dimension.
+    """One batch of several of one row each: what there is one of for each token (of the row, or of a decoder) is
+    padded on the right, all else (pixels, sizes of images) put together along its first dimension.
 
     Raises:
         NotTogetherError: other inputs or shapes in one than in another, or inputs of an unknown kind.
     """
     if len(batches) == 1:
         return dict(batches[0])
-    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    lengths = [
+        [batch[name].shape[1] for batch in batches]
+        for name in ("input_ids", "decoder_input_ids")
+        if all(isinstance(batch.get(name), Tensor) for batch in batches)
+    ]
     out = {}
     for name in dict.fromkeys(name for batch in batches for name in batch):
         values = [batch.get(name) for batch in batches]
         tensors = [value for value in values if isinstance(value, Tensor) and value.ndim > 0]
         if len(tensors) < len(values):
             raise NotTogetherError
-        if all(value.shape == (1, n) for value, n in zip(tensors, lengths, strict=True)):
+        sizes = [tuple(value.shape) for value in tensors]
+        if of_tokens := [n for n in lengths if sizes == [(1, length) for length in n]]:
             # Token ids go on with the last one, which is no place of an image where the row ends with an answer.
-            pads = [value[:, -1:] if name == "input_ids" else torch.tensor([[0]]) for value in tensors]
+            ids = name in ("input_ids", "decoder_input_ids")
+            pads = [value[:, -1:] if ids else torch.tensor([[0]]) for value in tensors]
             tensors = [
-                torch.cat([value, pad.to(value).expand(1, max(lengths) - n)], 1)
-                for value, pad, n in zip(tensors, pads, lengths, strict=True)
+                torch.cat([value, pad.to(value).expand(1, max(of_tokens[0]) - n)], 1)
+                for value, pad, n in zip(tensors, pads, of_tokens[0], strict=True)
             ]
-        elif any(n in value.shape[1:] for value, n in zip(tensors, lengths, strict=True)):
+        elif any(n in size[1:] for counts in lengths for size, n in zip(sizes, counts, strict=True)):
             raise NotTogetherError  # one for each token, and nobody knows which dimension is that of the rows
         if len({value.shape[1:] for value in tensors}) > 1:
             raise NotTogetherError

@@ -1,11 +1,10 @@
-"""Any Hugging Face causal LM, VLM or PEFT model -> the inputs of its output head."""
+"""Any Hugging Face language model, VLM or classifier, PEFT included -> the inputs of its output head."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,17 +15,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..core import Head, working_dtype
-from .unembedding import excess, left_as_found, linear_map, named_transforms, seen_transform
+from ..core import Head
+from ..data.seq2seq import shifted_right
+from .check import check
+from .kinds import classifies, first_input, head_module, kind_of, logits_of
+from .unembedding import left_as_found, linear_map, named_transforms
 
-# Two runs that do the same may differ by such a share of the largest hidden state, for sums in another order; in half
-# precision, where one value may be rounded the other way, by such a share of the mean.
-_SAME = {torch.float64: 1e-10, torch.float32: 1e-5}
-_SAME_HALF = 3e-4
-# Positions whose logits are compared.
-_CHECKED = 8
-# Outputs of the head at which any soft-cap has saturated; below the largest float16.
-_LARGE = 3e4
+__all__ = ["Backbone", "left_as_found"]
 
 
 class _HeadReached(Exception):  # noqa: N818 (it stops a forward pass, nothing went wrong)
@@ -34,49 +29,38 @@ class _HeadReached(Exception):  # noqa: N818 (it stops a forward pass, nothing w
         self.hidden = hidden
 
 
-@dataclass
-class _Seen:
-    """One forward pass of the whole model: logits, and what its head got and gave."""
-
-    logits: Tensor
-    head_input: Tensor
-    head_output: Tensor | None  # None where the model multiplies by the head's weight and does not call it
-    autocast: torch.dtype | None  # in which the head ran
-
-
 class Backbone:
-    """A causal model without its head: batches in, inputs of the output head out.
+    """A model without its head: batches in, inputs of the output head out.
 
     TRL never calls the head while it trains, and hooks would change the model, so the backbone is run by itself. For
     most `PreTrainedModel`s `model.base_model(...).last_hidden_state` is the input of the head, after the final norm
-    and, for a VLM, after the images are merged. Where it is not, which `check` sees, the whole model is run up to its
-    head.
+    and, for a VLM, after the images are merged. Where it is not, which `check` sees, and for classifiers, the whole
+    model is run up to its head.
+
+    Attributes:
+        kind: "causal", "seq2seq" (positions are those of the decoder), "sequence classification" (one position a
+            row), "token classification"; classes stand in place of the vocabulary.
 
     Args:
         model: `PreTrainedModel`, or a `PeftModel` around one; DDP and compiled wrappers are looked through.
         dtype: run the forward under autocast in this dtype ("bfloat16", "float16"); None: in the model's own.
 
     Raises:
-        ValueError: an encoder-decoder, a model without an output head, or with one that is not a linear map, a
-            prompt-learning adapter (named in the message).
+        ValueError: a model without an output head, or with one that is not a linear map, a classifier that does not
+            choose one of several classes, a prompt-learning adapter (named in the message).
     """
 
     def __init__(self, model: nn.Module, dtype: str | None = None):
         self.model = _unwrapped(model)
         self.causal: Any = _unwrapped(self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
         self.dtype = dtype
-        self._transform: tuple[float, float | None] | None = None
-        self.runs_whole_model = self.causal.base_model is self.causal
+        self.kind = kind_of(self.causal)
+        self.transform: tuple[float, float | None] | None = None
+        self.runs_whole_model = self.causal.base_model is self.causal or classifies(self.kind)
         self._refuse()
 
     def _refuse(self) -> None:
         """What can be refused before any forward pass."""
-        config = self.causal.config
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"{self.name} is an encoder-decoder, whose answers are not predicted from the tokens before them: "
-                "For-Value scores decoder-only models here."
-            )
         if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 f"{self.name}: Prompt-learning adapters (prefix or prompt tuning) cannot be scored: score the base "
@@ -96,7 +80,8 @@ class Backbone:
 
     @property
     def max_positions(self) -> int | None:
-        """Largest number of tokens that the model can take, None where there is no such number.
+        """Largest number of tokens that the model (the decoder, where there are two) can take, None where there is no
+        such number.
 
         Rotary positions are computed for rows of any length, learned ones lie in a table.
         """
@@ -104,7 +89,17 @@ class Backbone:
         rotary = ("rope_parameters", "rope_scaling", "rope_theta")
         if any(getattr(config, name, None) is not None for name in rotary):
             return None
-        return getattr(config, "max_position_embeddings", None)
+        names = ["max_position_embeddings"]
+        if self.kind == "seq2seq":
+            names = ["max_target_positions", "max_decoder_position_embeddings", *names]
+        sizes = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
+        return sizes[0] - self._positions_skipped if sizes else None
+
+    @cached_property
+    def _positions_skipped(self) -> int:
+        """Places at the start of a table of positions that no token gets: those up to its padding (RoBERTa)."""
+        tables = [m for name, m in self.causal.named_modules() if name.endswith("position_embeddings")]
+        return max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)
 
     @property
     def bos(self) -> int:
@@ -121,20 +116,54 @@ class Backbone:
 
         Factor and soft-cap are what `check` has seen; before it, what the config says.
         """
-        module = self._head_module()
-        weight, bias = linear_map(module, self.name)
-        scale, softcap = self._transform or named_transforms(self.causal.config)[0]
+        weight, bias = linear_map(self.head_module(), self.name)
+        added = self._added_bias
+        if added is not None:
+            bias = added if bias is None else bias + added
+        scale, softcap = self.transform or named_transforms(self.causal.config)[0]
         return Head(weight.detach(), None if bias is None else bias.detach(), scale, softcap)
 
-    def _head_module(self) -> nn.Module:
-        module = getattr(self.causal, "get_output_embeddings", lambda: None)()
-        if module is None:
-            raise ValueError(
-                f"{self.name} has no output embeddings: For-Value scores causal language models with a head."
-            )
-        return module
+    def head_module(self) -> nn.Module:
+        return head_module(self.causal, self.kind)
 
-    def _autocast(self, dtype: torch.dtype | None = None) -> Any:
+    @property
+    def _added_bias(self) -> Tensor | None:
+        """What BART and its kin add to the outputs of their head, (V,): a bias that is a buffer of the model."""
+        added = getattr(self.causal, "final_logits_bias", None)
+        return None if added is None else added[0]
+
+    def biased(self, head_output: Tensor) -> Tensor:
+        """`W h + b` from what the head module gives, (..., V)."""
+        added = self._added_bias
+        return head_output if added is None else head_output + added.to(head_output.device)
+
+    @property
+    def ids_name(self) -> str:
+        """The input that has a token for each position of the head's input."""
+        return "decoder_input_ids" if self.kind == "seq2seq" else "input_ids"
+
+    @property
+    def mask_name(self) -> str:
+        return "decoder_attention_mask" if self.kind == "seq2seq" else "attention_mask"
+
+    def decoder_inputs(self, labels: Tensor) -> Tensor:
+        """What the decoder reads, (B, L), where it is to predict `labels` (B, L), as the model makes it in training.
+
+        Raises:
+            ValueError: the model has no token that its decoder starts with.
+        """
+        own = getattr(self.causal, "prepare_decoder_input_ids_from_labels", None)
+        if own is not None:
+            return own(labels)
+        start, pad = (getattr(self.causal.config, f"{x}_token_id", None) for x in ("decoder_start", "pad"))
+        if start is None or pad is None:
+            raise ValueError(
+                f"{self.name}: set decoder_start_token_id and pad_token_id in the model's config, of which the inputs "
+                "of its decoder are made."
+            )
+        return shifted_right(labels, start, pad)
+
+    def autocast(self, dtype: torch.dtype | None = None) -> Any:
         if dtype is None and self.dtype is not None:
             dtype = getattr(torch, self.dtype)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
@@ -152,10 +181,15 @@ class Backbone:
         rope = rope or getattr(self.causal.config.get_text_config(), "rope_scaling", None) or {}
         return "mrope_section" in rope or any(hasattr(module, "get_rope_index") for module in self.causal.modules())
 
-    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the forward takes of a batch, on the model's device."""
+        if self.ids_name not in batch and self.kind == "seq2seq":
+            raise ValueError(f"{self.name} is an encoder-decoder: a batch for it needs 'decoder_input_ids'.")
         device = self.device
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
         mask = inputs.get("attention_mask")
+        if self.kind != "causal":
+            return self._with_pads(inputs, mask)
         takes_positions = "position_ids" in self._parameters and not self._places_tokens_itself
         padded_left = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
         if padded_left and takes_positions and "position_ids" not in inputs:
@@ -163,42 +197,102 @@ class Backbone:
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         return inputs
 
-    def _run(self, inputs: dict[str, Any]) -> Tensor:
+    def _with_pads(self, inputs: dict[str, Any], mask: Any) -> dict[str, Any]:
+        """Padding tokens wherever the mask has padding: classifiers find the end of a row by its tokens."""
+        ids = inputs.get("input_ids")
+        if self._pad is not None and isinstance(mask, Tensor) and isinstance(ids, Tensor) and ids.shape == mask.shape:
+            inputs["input_ids"] = ids.masked_fill(mask == 0, self._pad)
+        return inputs
+
+    @property
+    def _pad(self) -> int | None:
+        return getattr(self.causal.config.get_text_config(), "pad_token_id", None)
+
+    def run(self, inputs: dict[str, Any]) -> Tensor:
+        """Inputs of the head, (B, L, D), for `inputs`; (B, 1, D) for a sequence classifier."""
         if not self.runs_whole_model:
             hidden = getattr(self.causal.base_model(**inputs, use_cache=False), "last_hidden_state", None)
             if hidden is not None:
                 return hidden
             self.runs_whole_model = True  # a base model with a head of its own
+        hidden, place = self.up_to_head(inputs)
+        return self.of_sequence(hidden, place) if self.kind == "sequence classification" else hidden
+
+    @staticmethod
+    def of_sequence(states: Tensor, place: Tensor | None) -> Tensor:
+        """States at the place whose logits are a sequence's, (B, 1, ...); None: there is one state a sequence."""
+        if place is None:
+            return states[:, None]
+        return states[torch.arange(len(states), device=states.device), place.to(states.device)][:, None]
+
+    def up_to_head(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Run the whole model for what its head gets, (B, L, D) or (B, D).
+
+        Returns:
+            the inputs of the head, and, of a sequence classifier whose head runs at each token, the place of the one
+            whose logits it takes, (B,). Models choose it by padding tokens, by the mask, by the end of the text:
+            the head gives places in place of logits, and which one comes out is seen.
+        """
+        reached: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _HeadReached(_first(args, kwargs))
+            hidden = first_input(args, kwargs)
+            if self.kind != "sequence classification" or hidden.ndim == 2:
+                raise _HeadReached(hidden)
+            reached.append(hidden)
 
-        hook = self._head_module().register_forward_pre_hook(stop, with_kwargs=True)
+        def places(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            count = torch.arange(output.shape[1], dtype=torch.float32, device=output.device)
+            return count[:, None].expand(output.shape).contiguous()
+
+        head = self.head_module()
+        hooks = [head.register_forward_pre_hook(stop, with_kwargs=True), head.register_forward_hook(places)]
         try:
-            self.causal(**inputs, **self._without_cache())
-        except _HeadReached as reached:
-            return reached.hidden
+            found = logits_of(self.causal(**inputs, **self.without_cache()))
+        except _HeadReached as reason:
+            return reason.hidden, None
         finally:
-            hook.remove()
-        raise ValueError(
-            f"{self.name} does not call its output embeddings, and its base_model does not give their input: "
-            "For-Value cannot see the last hidden states."
-        )
+            for hook in hooks:
+                hook.remove()
+        if not reached:
+            raise ValueError(
+                f"{self.name} does not call its output head, and its base_model does not give the head's input: "
+                "For-Value cannot see the last hidden states."
+            )
+        place = found[:, 0].long()
+        if not (found == place[:, None]).all() or place.max() >= reached[-1].shape[1]:
+            raise ValueError(
+                f"{self.name} does not take the logits of one token of a sequence: For-Value scores classifiers that "
+                "end with one linear map."
+            )
+        return reached[-1], place
 
-    def _without_cache(self) -> dict[str, bool]:
+    def without_cache(self) -> dict[str, bool]:
         parameters = inspect.signature(self.causal.forward).parameters
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         return {"use_cache": False} if anything or "use_cache" in parameters else {}
 
     def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
-        """Inputs of the head, (B, L, D), for a batch of model inputs (`input_ids` (B, L), ...); `labels` go unread."""
-        with self._autocast():
-            return self._run(self._inputs(batch))
+        """Inputs of the head, (B, L, D), for a batch of model inputs (`input_ids` (B, L), ...); `labels` go unread.
+
+        Of an encoder-decoder those at the decoder's positions, of a sequence classifier one a row, (B, 1, D).
+        """
+        inputs = self.inputs(batch)
+        mask = inputs.get("attention_mask")
+        with self.autocast():
+            if self.kind != "sequence classification" or self._pad is not None or mask is None or len(mask) == 1:
+                return self.run(inputs)
+            # Without a padding token a classifier takes one row at a time.
+            rows = [
+                {k: v[i : i + 1, m.bool()] if v.shape == mask.shape else v[i : i + 1] for k, v in inputs.items()}
+                for i, m in enumerate(mask)
+            ]
+            return torch.cat([self.run(row) for row in rows])
 
     @property
     def shares_prefixes(self) -> bool:
         """Whether rows can go on from a beginning that was run once: every layer attends to all that came before."""
-        if self.runs_whole_model or self._places_tokens_itself:
+        if self.kind != "causal" or self.runs_whole_model or self._places_tokens_itself:
             return False
         layers = DynamicCache(config=self.causal.config.get_text_config()).layers
         return {"position_ids", "past_key_values"} <= set(self._parameters) and all(
@@ -214,162 +308,15 @@ class Backbone:
             prefix: which of the prefixes each row goes on from, (B,).
         """
         cache = DynamicCache(config=self.causal.config.get_text_config())
-        with self._autocast():
-            self.causal.base_model(**self._inputs(prefixes), past_key_values=cache, use_cache=True)
+        with self.autocast():
+            self.causal.base_model(**self.inputs(prefixes), past_key_values=cache, use_cache=True)
             cache.batch_select_indices(prefix.to(self.device))
-            inputs = self._inputs(batch)
+            inputs = self.inputs(batch)
             return self.causal.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
-    # ---- is the model what was described? ----
-
     def check(self, batch: Mapping[str, Any], predicted_BL: Tensor | None = None) -> None:
-        """Run the whole model on a batch, see where its head gets its input and what becomes of it, and rebuild its
-        logits; refuse, by name, a model that is not understood or that reads later tokens.
-
-        Args:
-            predicted_BL: the token that each position predicts, -1 where it predicts none; None: the next one.
-
-        Raises:
-            ValueError: the logits differ by more than rounding explains, or are not finite; a later token changes
-                what came before it.
-        """
-        with left_as_found(self.model):
-            inputs = self._inputs(batch)
-            seen = self._observe(inputs)
-            mask = inputs.get("attention_mask")
-            real = torch.ones(seen.logits.shape[:2], dtype=torch.bool, device=seen.logits.device)
-            if isinstance(mask, Tensor) and mask.shape == real.shape:  # what stands at padding is nobody's business
-                real = mask.bool().to(real.device)
-            if not torch.isfinite(seen.logits[real]).all():
-                raise ValueError(
-                    f"{self.name}: the logits of a validation row are not finite: hidden states or logits overflow. "
-                    "Try forward_dtype='bfloat16' or float32 weights."
-                )
-            self._check_head(inputs, seen, real)
-            hidden = self._check_body(inputs, seen, real)
-            self._check_causal(predicted_BL, inputs, seen.autocast, hidden, real)
-
-    def _observe(self, inputs: dict[str, Any], gain: float = 1.0) -> _Seen:
-        """The model's own forward pass; with a gain the input of the head is made so much larger."""
-        seen: dict[str, Any] = {}
-        kind = self.device.type
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            seen["head_input"] = _first(args, kwargs)
-            seen["autocast"] = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            if gain == 1.0:
-                return None
-            larger = seen["head_input"] * gain
-            return ((larger, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): larger})
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            seen["head_output"] = output
-
-        head = self._head_module()
-        hooks = [head.register_forward_pre_hook(before, with_kwargs=True), head.register_forward_hook(after)]
-        try:
-            with self._autocast():
-                output = self.model(**inputs, **self._without_cache())
-        finally:
-            for hook in hooks:
-                hook.remove()
-        logits = output.logits if hasattr(output, "logits") else output[0]
-        if "head_input" not in seen:
-            with self._autocast():
-                seen["head_input"] = self._run(inputs)
-        if seen["head_input"].shape[:2] != logits.shape[:2]:
-            raise ValueError(
-                f"{self.name}: the model gives logits for {tuple(logits.shape[:2])} positions, and its head does not "
-                "get as many hidden states: it does something else between them, so its scores would be wrong."
-            )
-        return _Seen(logits, seen["head_input"], seen.get("head_output"), seen.get("autocast"))
-
-    def _check_head(self, inputs: dict[str, Any], seen: _Seen, real: Tensor) -> None:
-        """Find the factor and the soft-cap, and rebuild the logits."""
-        places = real.flatten().nonzero()[:, 0]
-        places = places[:: max(1, len(places) // _CHECKED)][:_CHECKED]
-
-        def at(states: Tensor) -> Tensor:
-            return states.flatten(0, 1)[places.to(states.device)]
-
-        if seen.head_output is not None:
-            candidates = named_transforms(self.causal.config)
-            pairs = [(at(seen.head_output), at(seen.logits))]
-            if any(cap is not None for _, cap in candidates) or not _equal(*pairs[0]):
-                large = self._observe(inputs, gain=_LARGE / max(1.0, float(pairs[0][0].abs().max())))
-                assert large.head_output is not None
-                pairs.append((at(large.head_output), at(large.logits)))
-            self._transform = seen_transform(candidates, pairs)
-        head = self.head()
-        ran = seen.logits.dtype if seen.head_output is None else _coarser(seen.logits, seen.head_output)
-        error, explained = excess(head, at(seen.head_input), at(seen.logits), ran)
-        if not error <= explained:
-            raise ValueError(
-                f"{self.name}: cannot describe the output head. Logits rebuilt from the last hidden states are off by "
-                f"{error:.2g} of the largest logit (rounding explains {explained:.1g}); scale={head.scale:g}, "
-                f"softcap={head.softcap}, bias={head.bias is not None}. The model does something else between its "
-                "last hidden state and its logits, so its scores would be wrong."
-            )
-
-    def _check_body(self, inputs: dict[str, Any], seen: _Seen, real: Tensor) -> Tensor:
-        """Hidden states by the way that gives what the head gets: the base model, or else the whole one."""
-        with self._autocast(seen.autocast):
-            hidden = self._run(inputs)
-            if self._gives(hidden, seen, real):
-                return hidden
-            self.runs_whole_model = True
-            hidden = self._run(inputs)
-            if self._gives(hidden, seen, real):
-                return hidden
-        raise ValueError(f"{self.name}: two forward passes over one row give different hidden states.")
-
-    @staticmethod
-    def _gives(hidden: Tensor, seen: _Seen, real: Tensor) -> bool:
-        return hidden.shape == seen.head_input.shape and _same(hidden[real], seen.head_input[real])
-
-    @property
-    def _place_holders(self) -> Tensor:
-        """Token ids that stand for images, videos or sounds."""
-        kinds = ("image", "video", "audio", "vision")
-        fields = self.causal.config.to_dict().items()
-        return torch.tensor(
-            [v for k, v in fields if "token" in k and any(x in k for x in kinds) and type(v) is int], dtype=torch.long
-        )
-
-    def _check_causal(
-        self,
-        predicted_BL: Tensor | None,
-        inputs: dict[str, Any],
-        autocast: torch.dtype | None,
-        hidden: Tensor,
-        real: Tensor,
-    ) -> None:
-        """Change the second half of each answer, or its last token: nothing before it may change."""
-        ids = inputs.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.shape != real.shape or ids.shape[1] < 2:
-            return
-        ids, real = ids.cpu(), real.cpu()
-        labels = ids if predicted_BL is None else predicted_BL.cpu()
-        held = self._place_holders  # the place of an image must stay one, and none may come
-        texts = labels[(labels >= 0) & ~torch.isin(labels, held)].unique()
-        place = torch.arange(ids.shape[1]).expand_as(ids)
-        last = (real * place).amax(1, keepdim=True)
-        later = nn.functional.pad(labels[:, :-1] >= 0, (1, 0)) & (place > last / 2) & real | (place == last)
-        later &= ~torch.isin(ids, held)
-        if not later.any() or not len(texts):
-            return
-        first = torch.where(later, place, ids.shape[1]).amin(1, keepdim=True)
-        changed = torch.where(later & (place >= first), texts[torch.searchsorted(texts, ids) % len(texts) - 1], ids)
-        changed = torch.where(later & (changed == ids), (ids + 1) % self.head().vocab_size, changed)
-        with self._autocast(autocast):
-            after = self._run({**inputs, "input_ids": changed.to(inputs["input_ids"].device)})
-        earlier = (real & (place < first)).to(hidden.device)
-        if earlier.any() and not _same(after[earlier], hidden[earlier]):
-            raise ValueError(
-                f"{self.name} reads later tokens: its hidden states change with tokens that come after them, so what "
-                "it says of an answer is not what it predicts. For-Value scores models that read from left to right; "
-                "if rows of this model need 'token_type_ids', have them made by the data_collator."
-            )
+        """See that the model is what is described here, on a batch, or refuse it by name: `model.check.check`."""
+        check(self, batch, predicted_BL)
 
 
 def _unwrapped(model: nn.Module) -> Any:
@@ -377,24 +324,3 @@ def _unwrapped(model: nn.Module) -> Any:
     while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
         model = inner
     return model
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _coarser(one: Tensor, other: Tensor) -> torch.dtype:
-    return min((one.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).bits)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.to(_coarser(one, other)), other.to(_coarser(one, other)).to(one.device))
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Equal but for the order of sums, which experts may be shared out for otherwise where other tokens change."""
-    dtype = _coarser(one, other)
-    one, other = (x.to(dtype).to(one.device, working_dtype(one, other)) for x in (one, other))
-    if dtype in _SAME:
-        return bool((one - other).abs().max() <= _SAME[dtype] * other.abs().max())
-    return bool((one - other).abs().mean() <= _SAME_HALF * other.abs().mean())

@@ -40,6 +40,12 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def active_module(module: ModulesToSaveWrapper) -> nn.Module:
+    """The copy that runs of a module that is trained whole beside adapters, or the original."""
+    active = module.active_adapters
+    return module.original_module if module.disable_adapters or not active else module.modules_to_save[active[0]]
+
+
 def linear_map(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight (V, D) and bias (V,), or None, of the linear map that a head module computes now.
 
@@ -47,10 +53,7 @@ def linear_map(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
         ValueError: no dense floating-point weight, or an adapter that makes the map not linear; `name` is the model's.
     """
     if isinstance(module, ModulesToSaveWrapper):
-        active = module.active_adapters
-        if module.disable_adapters or not active:
-            return linear_map(module.original_module, name)
-        return linear_map(module.modules_to_save[active[0]], name)
+        return linear_map(active_module(module), name)
     if isinstance(module, BaseTunerLayer):
         weight, bias = linear_map(module.get_base_layer(), name)
         active = [] if module.disable_adapters or module.merged else _adapters_on(module)
