@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from .config import ForValueConfig
 from .core.fit import Fit
+from .data.classification import sequence_segment, token_segment
+from .data.collated import OneByOne
 from .data.reader import Reader
 from .data.reading import kept
+from .data.seq2seq import decoder_segment
 from .data.sft import RowConfig, RowPreparer
 from .methods import METHODS
 from .methods.base import ROWS, State, put_together, token_columns
@@ -86,7 +89,8 @@ class ForValueScorer:
             vocab_size=self.backbone.head().vocab_size,
             takes_types="token_type_ids" in signature(type(self.backbone.causal).forward).parameters,
         )
-        self.run = Run(self.backbone, Reader(prepare, data_collator), self.config.max_tokens_per_batch, progress)
+        reader = Reader(prepare, data_collator, self._one_by_one(data_collator))
+        self.run = Run(self.backbone, reader, self.config.max_tokens_per_batch, progress)
         self.validation = ValidationSide(self.run, validation_dataset, self.config, self.row_config)
 
     # ---- what users call ----
@@ -200,6 +204,19 @@ class ForValueScorer:
         return digest("".join(digests))
 
     # ---- around the work ----
+
+    def _one_by_one(self, data_collator: Any) -> OneByOne | None:
+        """How rows are read for a model that is no language model from left to right."""
+        backbone, n = self.backbone, self.backbone.head().vocab_size
+        if backbone.kind == "causal":
+            return None
+        segments = {
+            "seq2seq": partial(decoder_segment, decoder_inputs=backbone.decoder_inputs, vocab_size=n),
+            "sequence classification": partial(sequence_segment, n_classes=n),
+            "token classification": partial(token_segment, n_classes=n),
+        }
+        columns = {*signature(type(backbone.causal).forward).parameters, "label", "label_ids"}
+        return OneByOne(data_collator, segments[backbone.kind], columns, backbone.max_positions)
 
     @contextmanager
     def _at_work(self, dataset: Iterable[Any], plan: Plan) -> Iterator[None]:

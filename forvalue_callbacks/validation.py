@@ -107,7 +107,8 @@ class ValidationSide:
                 make_folder(file.parent)
             short = min(self.samples(), key=lambda sample: abs(sample.n_read - ENOUGH_TOKENS)).segments[0]
             inputs = collated([short])
-            self.run.backbone.check(inputs, predicted(short, inputs))
+            ids = inputs.get(self.run.backbone.ids_name)
+            self.run.backbone.check(inputs, predicted(short, ids) if isinstance(ids, torch.Tensor) else None)
         self._checked = True
 
     def state(self) -> State:

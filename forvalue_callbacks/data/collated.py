@@ -182,9 +182,8 @@ class OneByOne:
         for name in ("input_ids", "decoder_input_ids"):
             ids = inputs.get(name)
             if isinstance(ids, Tensor) and self.max_positions is not None and ids.shape[1] > self.max_positions:
-                raise UnscorableError(
-                    f"{ids.shape[1]:,} tokens in {name!r}, but the model takes {self.max_positions:,}: truncate the row"
-                )
+                n, most = ids.shape[1], self.max_positions
+                raise UnscorableError(f"{n:,} tokens in {name!r}, but the model takes {most:,}: truncate the row")
         if "input_ids" in inputs:  # beside longer rows it must be known what is padding
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         return replace(segment, inputs=inputs, n_prompt=max(1, int(segment.at[0])))

@@ -13,8 +13,9 @@ import numpy as np
 import xxhash
 from datasets.fingerprint import Hasher
 
-from .collated import Collating, n_bytes
+from .collated import Collating, OneByOne, n_bytes
 from .reading import examples_of
+from .reasons import UnscorableError
 from .sample import IGNORED, Sample, Segment, next_tokens
 from .sft import Row, RowPreparer
 
@@ -31,11 +32,18 @@ class Reader:
     Args:
         prepare: a row in any form to token ids and labels.
         data_collator: makes rows of the examples, as in training (`Collating`).
+        one_by_one: makes samples of rows of models that are no language models from left to right.
     """
 
-    def __init__(self, prepare: RowPreparer, data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None):
+    def __init__(
+        self,
+        prepare: RowPreparer,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        one_by_one: OneByOne | None = None,
+    ):
         self.prepare = prepare
-        self.collating = None if data_collator is None else Collating(data_collator, prepare)
+        self.one_by_one = one_by_one
+        self.collating = None if data_collator is None or one_by_one else Collating(data_collator, prepare)
         self._fits_set_up = False  # whether some row to be scored did
 
     def samples(self, dataset: Iterable[Any]) -> Iterator[Sample]:
@@ -55,6 +63,8 @@ class Reader:
         """One row, and the same without what its collator made, if one did."""
         if isinstance(example, Sample):
             return replace(example, index=index), None
+        if self.one_by_one is not None:
+            return self._by_itself(index, example, self.one_by_one)
         if self.collating is None:
             return sample_of(index, self.prepare(example)), None
         found = self.collating.read(example)
@@ -63,6 +73,15 @@ class Reader:
         segment = next_tokens(found.batch, found.labels)
         digest = xxhash.xxh3_64_hexdigest(Hasher.hash(found.example).encode() + segment.target.tobytes())
         again = replace(segment, inputs=partial(self.collating.again, found.example))
+        return Sample(index, (segment,), digest), Sample(index, (again,), digest)
+
+    def _by_itself(self, index: int, example: Any, reader: OneByOne) -> tuple[Sample, Sample | None]:
+        try:
+            segment = reader.read(example)
+        except UnscorableError as reason:
+            return sample_of(index, Row.unscorable(reason)), None
+        digest = xxhash.xxh3_64_hexdigest(Hasher.hash(segment.load()).encode() + segment.target.tobytes())
+        again = replace(segment, inputs=lambda: reader.read(example).load())
         return Sample(index, (segment,), digest), Sample(index, (again,), digest)
 
     def windows(self, dataset: Iterable[Any]) -> Iterator[list[Sample]]:
@@ -81,7 +100,7 @@ class Reader:
             raise ValueError(f"no row can be scored: {reason}.")
 
     def _windows(self, rows: Iterator[tuple[int, Any]]) -> Iterator[list[Sample]]:
-        if self.collating is not None:  # it belongs to this thread as the data set does
+        if self.collating is not None or self.one_by_one is not None:  # it belongs to this thread as the data set does
             window, held = [], 0
             for index, example in rows:
                 window.append(self.sample(index, example))

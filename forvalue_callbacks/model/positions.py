@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,12 +84,8 @@ def collated(segments: Sequence[Segment]) -> dict[str, Any]:
     return inputs
 
 
-def predicted(segment: Segment, inputs: Mapping[str, Any]) -> Tensor | None:
-    """The token that each position of a segment alone predicts, -1 where it predicts none, (1, L); None where its
-    inputs are no tokens."""
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor):
-        return None
+def predicted(segment: Segment, ids: Tensor) -> Tensor:
+    """The token that each position of a segment alone predicts, -1 where it predicts none, (1, L) as its inputs."""
     out = torch.full_like(ids, -1)
     out[0, torch.from_numpy(segment.at)] = torch.from_numpy(segment.target).to(out)
     return out
