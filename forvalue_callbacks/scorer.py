@@ -114,12 +114,15 @@ class ForValueScorer:
                 return of_first_rank(writer is not None and writer.holds(start, digests))
 
             score = partial(method.score, state, self.backbone.head())
+            n = 0
             for window in self.run.windows(dataset, method, score, ROWS, skip):
+                n += len(window.samples) if isinstance(window, Window) else window
                 if writer is not None and isinstance(window, Window):
                     writer.write(window.start, window.digests, window.reasons, window.columns)
             scores = None
             with together("putting the scores together"):
                 if writer is not None:
+                    writer.finish(n, {})  # what a longer data set has left there goes
                     self.run.progress.now(method.finishing)
                     scores = put_together(writer, method, state)
                     scores.metadata["provenance"] = {**provenance, "data": digest("".join(scores.row_digests or []))}

@@ -13,9 +13,11 @@ import xxhash
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from .config import ForValueConfig
 from .data.reading import kept
 from .data.sft import RowConfig
-from .scorer import ForValueConfig, ForValueScorer
+from .methods import METHODS
+from .scorer import ForValueScorer
 
 # What the transforms of this process hold. `datasets` hashes a function by pickling it, and the pickle of a model
 # differs from process to process: a transform is pickled as its fingerprint, and found again here (forked workers
@@ -49,8 +51,8 @@ class ForValueTransform:
         model_kwargs: for `AutoModelForCausalLM.from_pretrained` where `model` is a path or an id.
 
     Raises:
-        ValueError: `vocab="seen"`, "auto" and "label_model" (they depend on rows that a batch does not hold), and what
-            `ForValueScorer` raises.
+        ValueError: `vocab="seen"` and methods that need all rows ("auto", "label_model"): they depend on rows that a
+            batch does not hold; and what `ForValueScorer` raises.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class ForValueTransform:
         self.config = config or ForValueConfig()
         if self.config.vocab != "full":
             raise ValueError("vocab='seen' depends on the whole data set: use ForValueScorer.score.")
-        if self.config.gives_log_odds:
+        if METHODS[self.config.method].needs_all_rows:
             raise ValueError(
                 f"method={self.config.method!r} learns from all the rows, and map shows a batch at a time: "
                 "use dataset.add_column('forvalue_score', ForValueScorer(...).score(dataset).values)."

@@ -34,8 +34,8 @@ class Fit:
 
     Args:
         move_VD: float32 (V, D), zero in the rows of tokens that are no label in validation.
-        ridge: the one with the best held-out likelihood; inf where no move at all was best.
-        curve: held-out log-likelihood per position for each ridge tried, inf for the model's own head; no looser
+        ridge: the one with the best likelihood out of fold; inf where no move at all was best.
+        curve: log-likelihood out of fold per position for each ridge tried, inf for the model's own head; no looser
             ridge is tried than the first that does worse than the one before.
     """
 

@@ -1,4 +1,4 @@
-"""The fold of `core.py` over one tile of logits as a Triton kernel: each read once, nothing written but sums."""
+"""The fold of `stream.py` over one tile of logits as a Triton kernel: each read once, nothing written but sums."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Which kinds of noise can be told from clean rows, and how much of each the training rows hold. Knows no model.
 
-Held-out rows are clean; copies of them are corrupted on purpose. A classifier learns from both, on a handful of
+Validation rows are clean; copies of them are corrupted on purpose. A classifier learns from both, on a handful of
 numbers per row, what tells a clean row from each kind of noise. On training rows its probabilities are weighted by
 shares of the kinds that explain those rows best (Saerens, Latinne and Decaestecker 2002). Imports torch and numpy.
 
@@ -50,7 +50,7 @@ def fit_classifier(features: np.ndarray, classes: np.ndarray, rows: np.ndarray) 
     Args:
         features: (N, F).
         classes: (N,), 0 = clean.
-        rows: (N,), the held-out row that each is a copy of; folds never split one.
+        rows: (N,), the validation row that each is a copy of; folds never split one.
     """
     center, spread = features[classes == 0].mean(0), features[classes == 0].std(0) + 1e-9
     x = _expand(features, center, spread)
@@ -72,16 +72,16 @@ def fit_classifier(features: np.ndarray, classes: np.ndarray, rows: np.ndarray) 
     return Classifier(center, spread, fit_softmax(x, targets, best[1]), best[1]), best[2]
 
 
-def shares(log_p: np.ndarray, n_held_out: int) -> np.ndarray:
+def shares(log_p: np.ndarray, n_validation: int) -> np.ndarray:
     """Shares of the classes among rows, (K + 1,), that explain their probabilities `log_p` (N, K + 1) best.
 
     Maximum likelihood over mixtures of clean rows and any subset of the kinds. A kind is taken in only where the
     likelihood pays for it (half the logarithm of the number of rows, as in the Bayesian information criterion), or
-    else a few per cent of noise would be found in clean data. `n_held_out`, the clean rows that these rest on,
+    else a few per cent of noise would be found in clean data. `n_validation`, the clean rows that these rest on,
     bounds the number of rows that count: what their own sampling error looks like from N rows is no evidence.
     """
     n_kinds = log_p.shape[1] - 1
-    effective = 1 / (1 / len(log_p) + 1 / n_held_out)
+    effective = 1 / (1 / len(log_p) + 1 / n_validation)
     best, found = -np.inf, np.zeros(0)
     for size in range(n_kinds + 1):
         for kinds in combinations(range(1, n_kinds + 1), size):

@@ -41,7 +41,7 @@ def instructions(n_rows: int, seed: int, noise: float = 0.0, tasks: Sequence[str
 
     Args:
         n_rows: Number of rows, over all tasks.
-        seed: Same seed, same rows. Take another seed for held-out rows.
+        seed: Same seed, same rows. Take another seed for validation rows.
         noise: Share of rows with a wrong answer, in [0, 1].
         tasks: Some of `TASKS`: `topic` (12 answers), `mood` (3), `intent` (8).
 
