@@ -210,7 +210,7 @@ def test_a_data_set_that_has_become_shorter_leaves_no_rows_behind(tmp_path):
         ({"data": "d1"}, "other training rows: "),
     ],
 )
-def test_a_folder_of_another_provenance_is_refused_in_words_or_begun_anew(tmp_path, other, words):
+def test_a_folder_of_another_provenance_is_refused_in_words_or_begun_anew(tmp_path, caplog, other, words):
     with open_writer(tmp_path) as writer:
         fill(writer)
     (tmp_path / "notes.txt").write_text("mine")
@@ -223,6 +223,7 @@ def test_a_folder_of_another_provenance_is_refused_in_words_or_begun_anew(tmp_pa
         assert writer.n_rows == 0
         assert not writer.holds(0, digests_of(0))
     assert names(tmp_path) == ["manifest.json", "notes.txt", "part-00000.parquet"]
+    assert caplog.records == []
     with pytest.raises(ValueError, match="was made with other"):
         open_writer(tmp_path)
 
