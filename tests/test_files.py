@@ -7,10 +7,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from forvalue_callbacks.scores import files
+from forvalue_callbacks.scores import ForValueScores, files
+from forvalue_callbacks.scores.cache import save_state
 from forvalue_callbacks.scores.files import make_folder, remove_leftovers, whole_file
+from forvalue_callbacks.scores.pairs import PairsFile
+from forvalue_callbacks.scores.writer import ScoreWriter
 
 WRITES = """
 import sys, time
@@ -94,6 +98,21 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
     assert writing.returncode == 0
     assert names(tmp_path) == [".forvalue-mine", "b"]
     assert (tmp_path / "b").read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: ScoreWriter(folder, {}, {}).close(),
+        lambda folder: PairsFile(folder / "pairs.npy", 1, 1, {}).close(),
+        lambda folder: ForValueScores([], [], [], []).save(folder / "scores.parquet"),
+        lambda folder: save_state(folder / "state.safetensors", {"a": np.zeros(1)}),
+    ],
+)
+def test_whatever_writes_removes_what_a_killed_run_left(tmp_path, write):
+    (tmp_path / f".forvalue-{'0' * 32}").touch()
+    write(tmp_path)
+    assert [name for name in names(tmp_path) if name.startswith(".")] == []
 
 
 def test_a_link_under_one_of_our_names_is_not_followed(tmp_path):

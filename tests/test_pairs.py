@@ -136,6 +136,8 @@ def test_windows_are_held_only_where_exactly_their_rows_and_numbers_are(tmp_path
         assert pairs.holds(WINDOW, digests_of(WINDOW))
         pairs.write(4, digests_of(4), make_values(4))  # shares rows with the window at 8
         assert not pairs.holds(WINDOW, digests_of(WINDOW))
+        with pytest.raises(ValueError, match="holds 0 of 50 rows"):
+            pairs.finish()
 
 
 def test_a_list_or_a_file_that_is_damaged_begins_anew(tmp_path):

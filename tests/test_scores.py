@@ -62,7 +62,7 @@ def test_the_file_is_one_row_per_sample_with_null_for_no_score(tmp_path):
 def test_a_save_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     make_scores().save(tmp_path / "scores.parquet")
 
-    def break_off(table, path, **settings):
+    def break_off(table, path):
         path.write_bytes(b"half a file")
         raise OSError("disk full")
 

@@ -18,6 +18,7 @@ from forvalue_callbacks.scores.writer import ScoreWriter
 PROVENANCE = {"weights": "w1", "validation": "v1", "config": "c1"}
 SETTINGS = {"method": "gradient", "row_config": {"max_length": 512}}
 WINDOW = 8
+KILLS = int(os.environ.get("KILLS", "6"))
 
 # The rows of a data set scored window by window, as a scorer does it; a process of its own, so that it can be killed.
 SCORES = """
@@ -51,8 +52,8 @@ if __name__ == "__main__":
 """
 
 
-def start_scoring(folder, file):
-    arguments = [sys.executable, "-c", SCORES, str(folder), str(file), "100", "2"]
+def start_scoring(folder, file, n_rows):
+    arguments = [sys.executable, "-c", SCORES, str(folder), str(file), str(n_rows), "2"]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -210,7 +211,7 @@ def test_a_data_set_that_has_become_shorter_leaves_no_rows_behind(tmp_path):
         ({"data": "d1"}, "other training rows: "),
     ],
 )
-def test_a_folder_of_another_provenance_is_refused_in_words_or_begun_anew(tmp_path, other, words):
+def test_a_folder_of_another_provenance_is_refused_in_words_or_begun_anew(tmp_path, caplog, other, words):
     with open_writer(tmp_path) as writer:
         fill(writer)
     (tmp_path / "notes.txt").write_text("mine")
@@ -223,6 +224,7 @@ def test_a_folder_of_another_provenance_is_refused_in_words_or_begun_anew(tmp_pa
         assert writer.n_rows == 0
         assert not writer.holds(0, digests_of(0))
     assert names(tmp_path) == ["manifest.json", "notes.txt", "part-00000.parquet"]
+    assert caplog.records == []
     with pytest.raises(ValueError, match="was made with other"):
         open_writer(tmp_path)
 
@@ -447,24 +449,24 @@ def test_a_full_disk_is_an_error_that_names_the_rows_and_keeps_what_is_there(tmp
 
 
 def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_the_same(tmp_path):
-    """Of 50 parts, each run writes some more and is killed while it writes the next one, somewhere."""
-    with start_scoring(tmp_path / "undisturbed", tmp_path / "expected.parquet") as process:
+    """Each run writes some parts more and is killed while it writes the next one, somewhere."""
+    n_kills, n_parts = KILLS, 12 * KILLS
+    with start_scoring(tmp_path / "undisturbed", tmp_path / "expected.parquet", 2 * n_parts) as process:
         assert process.communicate() == ("0\n", "")
-    draw, run = random.Random(0), tmp_path / "run"
-    n_kills = int(os.environ.get("KILLS", "6"))
+    draw, run, ends = random.Random(0), tmp_path / "run", []
     for _ in range(n_kills):
-        wanted = len(list(run.glob("part-*"))) + draw.randint(0, 45 // n_kills)
-        with start_scoring(run, tmp_path / "scores.parquet") as process:
-            while not run.exists() or len(list(run.glob("part-*"))) < wanted:
-                assert process.poll() is None
+        wanted = len(list(run.glob("part-*"))) + draw.randint(0, 7)
+        with start_scoring(run, tmp_path / "scores.parquet", 2 * n_parts) as process:
+            while process.poll() is None and (not run.exists() or len(list(run.glob("part-*"))) < wanted):
                 time.sleep(0.001)
             time.sleep(draw.uniform(0, 0.01))
             process.kill()
-            assert process.wait() == -signal.SIGKILL
+            ends.append(process.wait())
+    assert ends.count(-signal.SIGKILL) > n_kills / 2  # a busy machine may have let some of them end
     kept = len(list(run.glob("part-*")))
-    with start_scoring(run, tmp_path / "scores.parquet") as process:
+    with start_scoring(run, tmp_path / "scores.parquet", 2 * n_parts) as process:
         skipped, errors = process.communicate()
     assert (int(skipped), errors) == (2 * kept, "")
     assert (tmp_path / "scores.parquet").read_bytes() == (tmp_path / "expected.parquet").read_bytes()
-    assert names(run) == names(tmp_path / "undisturbed") == ["manifest.json", *part_names(*range(0, 100, 2))]
+    assert names(run) == names(tmp_path / "undisturbed") == ["manifest.json", *part_names(*range(0, 2 * n_parts, 2))]
     assert names(tmp_path) == ["expected.parquet", "run", "scores.parquet", "undisturbed"]

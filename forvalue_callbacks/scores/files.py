@@ -116,7 +116,7 @@ def open_locked(path: str | os.PathLike[str], flags: int = 0) -> int | None:
             os.close(held)
             return None
         with contextlib.suppress(FileNotFoundError):  # it went, or was replaced, before it was locked: once more
-            if os.path.samestat(os.fstat(held), os.lstat(path)):
+            if fcntl is None or os.path.samestat(os.fstat(held), os.lstat(path)):
                 return held
         os.close(held)
 

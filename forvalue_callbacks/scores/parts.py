@@ -56,7 +56,7 @@ class Part:
         return self.start + len(self.digests)
 
     def write(self, path: str | os.PathLike[str], identity: str) -> None:
-        """Writes the file, whole or not at all; bit for bit, so without dictionaries, for which NaN is NaN."""
+        """Writes the file, whole or not at all. Without dictionaries: hardly anything in it comes twice."""
         columns = {
             "digest": pa.array(self.digests, type=pa.string()),
             "reason": pa.array(self.reasons, type=pa.string()),

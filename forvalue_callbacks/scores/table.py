@@ -28,7 +28,7 @@ def write_table(path: str | os.PathLike[str], table: pa.Table, metadata: str) ->
     table = table.replace_schema_metadata({METADATA_KEY: metadata, FILE_KEY: json.dumps(about)})
     remove_leftovers(path.parent)
     with whole_file(path) as temporary:
-        pq.write_table(table, temporary, use_dictionary=["reason"])  # of numbers, it may take -0.0 for 0.0
+        pq.write_table(table, temporary)
 
 
 def read_table(path: str | os.PathLike[str]) -> tuple[pa.Table, dict[str, Any]]:
@@ -78,15 +78,12 @@ def _check(table: pa.Table, path: str | os.PathLike[str]) -> None:
 
 
 def _checksum(table: pa.Table, metadata: bytes) -> str:
-    """Of all columns of ours in their order, NaN and null being one, and of the metadata."""
+    """Of all columns of ours in their order, a null among numbers being NaN, and of the metadata."""
     hashed = xxhash.xxh3_128(metadata)
     for name in TYPES:
         if name in table.column_names:
             if pa.types.is_string(table.schema.field(name).type):
                 hashed.update(json.dumps([name, table[name].to_pylist()]).encode())
             else:
-                numbers = table[name].to_numpy()
-                if numbers.dtype.kind == "f":
-                    numbers = np.where(np.isnan(numbers), np.nan, numbers)
-                hashed.update(name.encode() + numbers.tobytes())
+                hashed.update(name.encode() + table[name].to_numpy().tobytes())
     return hashed.hexdigest()
