@@ -170,6 +170,11 @@ def test_the_check_holds_in_any_precision_and_for_two_classes(name, dtype, seed)
     assert backbone.head().vocab_size == 2
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_check_holds_under_autocast(name):
+    Backbone(build(name, torch.float32), dtype="bfloat16").check(segments_of(name, build_batches(name))[2].inputs)
+
+
 def test_a_cap_that_a_classifier_does_not_apply_is_not_seen_in_an_overflow_of_half_precision():
     model = build("Gemma2ForSequenceClassification", torch.float16)
     with torch.no_grad():  # logits far smaller than the inputs of the head

@@ -38,6 +38,7 @@ class Backbone:
     model is run up to its head.
 
     Attributes:
+        model: without DDP and compilation; `causal`: without adapters' wrappers too.
         kind: "causal", "seq2seq" (positions are those of the decoder), "sequence classification" (one position a
             row), "token classification"; classes stand in place of the vocabulary.
 
@@ -155,7 +156,8 @@ class Backbone:
         own = getattr(self.causal, "prepare_decoder_input_ids_from_labels", None)
         if own is not None:
             return own(labels)
-        start, pad = (getattr(self.causal.config, f"{x}_token_id", None) for x in ("decoder_start", "pad"))
+        config = self.causal.config.get_text_config()
+        start, pad = (getattr(config, f"{x}_token_id", None) for x in ("decoder_start", "pad"))
         if start is None or pad is None:
             raise ValueError(
                 f"{self.name}: set decoder_start_token_id and pad_token_id in the model's config, of which the inputs "
@@ -198,7 +200,8 @@ class Backbone:
         return inputs
 
     def _with_pads(self, inputs: dict[str, Any], mask: Any) -> dict[str, Any]:
-        """Padding tokens wherever the mask has padding: classifiers find the end of a row by its tokens."""
+        """Padding tokens wherever the mask has padding, whatever stands there: classifiers find the end of a row by
+        its tokens."""
         ids = inputs.get("input_ids")
         if self._pad is not None and isinstance(mask, Tensor) and isinstance(ids, Tensor) and ids.shape == mask.shape:
             inputs["input_ids"] = ids.masked_fill(mask == 0, self._pad)
