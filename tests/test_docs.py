@@ -13,6 +13,8 @@ import pytest
 import torch
 from trl import TrlParser
 
+from forvalue_callbacks.methods import METHODS
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 RECIPES = {
@@ -106,6 +108,12 @@ def test_the_readmes_python_runs_as_it_stands(tmp_path):
     ):
         assert said in seen, said
     assert (tmp_path / "out" / "forvalue_scores.parquet").is_file()
+
+
+def test_the_readmes_table_of_methods_is_what_the_methods_say():
+    readme = (ROOT / "README.md").read_text()
+    table = [line for line in readme.split("| method | score of a row |")[1].split("\n\n")[0].splitlines()[2:] if line]
+    assert table == [f"| `{method.name}` | {method.help} |" for method in METHODS.values()]
 
 
 def test_the_readmes_tree_names_every_module():

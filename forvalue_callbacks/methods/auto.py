@@ -42,8 +42,8 @@ HALVES = ("first half of the validation rows", "second half")
 class Auto(Method):
     name = "auto"
     help = (
-        "log odds that a row is clean, by what is learned from the validation rows and copies of them corrupted on "
-        "purpose; where answers repeat, 'label_model'"
+        "log odds that it is clean: that where answers repeat, else by what tells validation rows from copies of them "
+        "corrupted on purpose"
     )
     unit = LOG_ODDS
     needs_all_rows = True

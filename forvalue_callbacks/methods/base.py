@@ -90,7 +90,7 @@ class Method:
 
     Attributes:
         name: in `ForValueConfig(method=...)`.
-        help: what the score is, in a sentence.
+        help: what the score of a row is, for the help of the config and the README.
         unit: of the scores: `NATS`, or `LOG_ODDS` that a row is clean.
         tokenwise: tokens have scores of their own, which sum to the row's, along a move of the head.
         pairwise: so have pairs of a row and a validation row, whose mean is the row's.

@@ -44,7 +44,7 @@ class Fitted(HeadMethod):
 
 class FittedLikelihood(Fitted):
     name = "fitted_likelihood"
-    help = "its log-likelihood after"
+    help = "its log-likelihood after the head is fitted on the validation rows"
 
     def tokens(self, state: State, head: Head, positions: Positions) -> tuple[Tensor, Tensor]:
         gain_T, log_p_T = super().tokens(state, head, positions)

@@ -45,7 +45,7 @@ class HeadMethod(Method):
 
 class Gradient(HeadMethod):
     name = "gradient"
-    help = "along the mean gradient of the validation rows (For-Value as published, arXiv 2508.10180)"
+    help = "its gradient along the mean gradient of the validation rows: For-Value as published"
     pairwise = True
     normalizations = ("none", "length", "cosine")
     vocabularies = ("full", "seen")

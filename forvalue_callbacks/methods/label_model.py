@@ -36,8 +36,8 @@ MAX_ROWS = 16384
 class LabelModel(Method):
     name = "label_model"
     help = (
-        "where answers repeat: log odds that a row's answer is right, by a model of the answer fitted on validation "
-        "and, untrusted, training rows"
+        "where answers repeat: log odds that its answer is right, by a label model of validation and, untrusted, "
+        "training rows"
     )
     unit = LOG_ODDS
     needs_all_rows = True

@@ -18,7 +18,7 @@ WHITENING_RIDGE = 0.01
 
 class Whitened(Gradient):
     name = "whitened"
-    help = "that times the inverse second moment of the hidden states"
+    help = "the same, the large common part of all hidden states taken out"
 
     def fit(self, run: Run, validation: Sequence[Sample]) -> State:
         gradient_VD, moment_DD = mean_gradient(run, validation, self, moment=True)
