@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from data import collate
 from influence_report import Meter, known
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import spearmanr
@@ -57,7 +58,8 @@ from transformers import (
 from trl import TrlParser
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, baselines
-from forvalue_callbacks.model.run import cut, tokens_per_batch
+from forvalue_callbacks.model.plan import plan
+from forvalue_callbacks.model.run import tokens_per_batch
 from forvalue_callbacks.tiny import instructions
 
 ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer", "sft", "algorithm1", "captum", "seen", "direction")
@@ -118,23 +120,13 @@ def build(config: BenchmarkConfig) -> tuple[PreTrainedModel, Rows, Rows]:
     return model, rows[: config.rows], rows[config.rows :]
 
 
-def collate(rows: Rows) -> dict[str, torch.Tensor]:
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def pad(name: str, filler: int) -> torch.Tensor:
-        return torch.tensor([row[name] + [filler] * (longest - len(row[name])) for row in rows])
-
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    mask = (torch.arange(longest) < lengths[:, None]).long()
-    return {"input_ids": pad("input_ids", 0), "attention_mask": mask, "labels": pad("labels", -100)}
-
-
 def as_they_come(rows: Rows, batch_size: int) -> Iterator[Rows]:
     return (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
 
 
 def by_length(rows: Rows, max_tokens: int) -> Iterator[Rows]:
-    return ([rows[i] for i in places] for places in cut([len(row["input_ids"]) for row in rows], max_tokens))
+    (batches,) = plan([len(row["input_ids"]) for row in rows], max_tokens)
+    return ([rows[i] for i in batch.rows] for batch in batches)
 
 
 def padding(batches: Iterator[Rows]) -> float:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 import re
 import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from files import DataError, Source, read
 
@@ -284,3 +287,15 @@ def swap_answers(rows: Dataset, share: float, seed: int) -> Dataset:
         swapped = [turns[:-1] + answer for turns, answer in zip(whole, swapped, strict=True)]
     kept = rows.remove_columns(column)
     return concatenate_datasets([kept, Dataset.from_dict({column: swapped, "is_noisy": noisy})], axis=1)
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Tokenised rows (`input_ids`, `labels`) padded on the right."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def pad(name: str, filler: int) -> torch.Tensor:
+        return torch.tensor([[*row[name], *[filler] * (longest - len(row[name]))] for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return {"input_ids": pad("input_ids", 0), "attention_mask": mask, "labels": pad("labels", -100)}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import peft
 import torch
+from data import collate
 from datasets import Dataset
 from influence_report import ONE_SCORE, ComparisonConfig, Measured, Meter, Result
 from scipy.stats import rankdata
@@ -19,8 +20,8 @@ from transformers import Trainer, TrainingArguments
 from forvalue_callbacks import ForValueConfig, ForValueScorer, baselines
 from forvalue_callbacks.baselines.batches import batches, prepared
 from forvalue_callbacks.core import Head
+from forvalue_callbacks.methods import METHODS
 from forvalue_callbacks.model.backbone import Backbone
-from forvalue_callbacks.model.run import pad
 
 LORA_METHODS: dict[str, Callable[..., Tensor]] = {
     "Hessian-free (TracIn)": baselines.tracin,
@@ -90,10 +91,6 @@ COSTLY = {
     "forward-only inference, 20 iterations": forward_only,
     "In-Run Shapley, one epoch": in_run,
 }
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return pad(prepared(rows))
 
 
 def max_of(*values: float | None) -> float | None:
@@ -244,7 +241,7 @@ def compare(
     for method in methods(labels.clean_N is not None):
         settings = ForValueConfig(method=method)
         for suffix, call in calls.items():
-            if suffix == "" and (settings.fits_head or settings.gives_log_odds):
+            if suffix == "" and not METHODS[method].pairwise:
                 continue  # one number per row: the whole validation set moves the head
             scorer = ForValueScorer(
                 model, rows.scorer_validation, settings, data_collator=rows.data_collator, progress=False

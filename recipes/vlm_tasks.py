@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from data import collate
 from PIL import Image, ImageDraw
 from transformers import (
     AutoModelForCausalLM,
@@ -24,8 +25,7 @@ from transformers import (
 )
 
 from forvalue_callbacks import TINY_MODEL
-from forvalue_callbacks.data.sft import IGNORED, Row, RowConfig, RowPreparer
-from forvalue_callbacks.model.run import pad
+from forvalue_callbacks.data.sft import RowConfig, RowPreparer
 
 SIZE, PATCH = 32, 8
 COLOURS = {
@@ -190,11 +190,10 @@ class Collator:
         rows = []
         for example in examples:
             row = self.prepare({name: example[name] for name in ("prompt", "completion")})
-            image = np.full(self.n_image_tokens, self.image_token)
-            no_labels = np.full(self.n_image_tokens, IGNORED)
-            rows.append(Row(np.concatenate([image, row.input_ids]), np.concatenate([no_labels, row.labels])))
+            ids = [*[self.image_token] * self.n_image_tokens, *row.input_ids.tolist()]
+            rows.append({"input_ids": ids, "labels": [*[-100] * self.n_image_tokens, *row.labels.tolist()]})
         pixels = np.stack([np.asarray(example["image"], dtype=np.float32) for example in examples])
-        return {**pad(rows), "pixel_values": torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2).contiguous()}
+        return {**collate(rows), "pixel_values": torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2).contiguous()}
 
     def rows(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:
         """Each row by itself, as the baselines take it: `input_ids`, `labels`, `pixel_values`."""

@@ -27,6 +27,7 @@ from forvalue_callbacks import (
     prefilter,
 )
 from forvalue_callbacks.policies import Policy
+from forvalue_callbacks.scores.noise import NoiseEstimate
 from forvalue_callbacks.tiny import instructions
 from forvalue_callbacks.trainer.callback import SCORES_FILE, apply_policy
 from helpers.models import build_model
@@ -331,5 +332,5 @@ def test_drop_auto_refuses_scores_that_are_no_log_odds():
     scores = ForValueScorer(build_model(), VALIDATION, progress=False).score(TRAIN)
     with pytest.raises(ValueError, match="method='auto'"):
         apply_policy(Drop("auto"), scores, TRAIN)
-    scores.metadata["noise"] = {"share": 0.5}
+    scores.metadata["noise"] = NoiseEstimate(0.5, {}, 40).to_dict()
     np.testing.assert_array_equal(apply_policy(Drop("auto"), scores, TRAIN) > 0, scores.values >= 0)

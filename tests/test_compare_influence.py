@@ -12,8 +12,7 @@ from trl import TrlParser
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, baselines
 from forvalue_callbacks.core import Head
-from forvalue_callbacks.data.sft import Row, RowConfig, RowPreparer
-from forvalue_callbacks.model.run import pad
+from forvalue_callbacks.data.sft import RowConfig, RowPreparer
 from helpers.recipes import RECIPES, load
 
 tasks = load("influence_tasks")
@@ -119,7 +118,7 @@ def test_lora_training_takes_the_steps_of_the_models_own_loss():
 
     got = [loss for loss, _ in comparison.train_epochs(model(), rows, config, 0)]
     naive, want = model(), []
-    batch = pad([Row(np.array(row["input_ids"]), np.array(row["labels"])) for row in rows])
+    batch = comparison.collate(rows)
     optimizer = torch.optim.AdamW([p for p in naive.parameters() if p.requires_grad], weight_decay=0.0)
     for rate in (1e-2, 1e-2 * 7 / 9, 1e-2 * 5 / 9):  # from 1 to 1/3 in three steps
         optimizer.param_groups[0]["lr"] = rate

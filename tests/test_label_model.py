@@ -238,7 +238,7 @@ def test_rows_that_a_collator_makes_batches_of_are_judged_too(method):
     scores = ForValueScorer(model, rows[:6], config, data_collator=collate, progress=False).score(rows[6:])
     assert np.isfinite(scores.values).all()
     assert len(scores) == 4
-    assert scores.metadata["noise"]["answers"] == 2
+    assert scores.noise.n_answers == 2
 
 
 def test_the_share_of_answers_that_repeat_is_named():

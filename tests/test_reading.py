@@ -20,6 +20,7 @@ from trl import SFTConfig
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer
 from forvalue_callbacks.data.corruption import corrupted
+from forvalue_callbacks.data.reader import row_of
 from forvalue_callbacks.data.reading import OwnRandomness, copied, examples_of, kept
 from forvalue_callbacks.data.sft import RowConfig
 from forvalue_callbacks.trainer.callback import settings_of
@@ -117,7 +118,7 @@ def test_a_generator_of_validation_rows_is_kept():
     assert len(ForValueCallback(row for row in ROWS).validation_dataset) == 6
     scorer = ForValueScorer(build_model(), (row for row in VALIDATION), progress=False)
     assert scorer.score(ROWS).values.tolist() == scores_of(ROWS).values.tolist()
-    assert len(scorer.validation_dataset) == 4
+    assert len(scorer.validation.samples()) == 4
 
 
 @pytest.mark.parametrize(
@@ -244,8 +245,9 @@ def test_token_types_of_zero_count_without_a_collator_too(gpt2):
 
 
 def test_token_types_go_with_a_copy_that_is_changed(gpt2):
-    item, _ = next(scorer(gpt2, typed(VALIDATION)).batcher.items(typed(ROWS)))
-    assert all(row is None or row.typed for row in corrupted([item.row] * 3, "truncated", np.random.default_rng(0)))
+    sample = next(scorer(gpt2, typed(VALIDATION)).run.reader.samples(typed(ROWS)))
+    rows = corrupted([row_of(sample.segments[0])] * 3, "truncated", np.random.default_rng(0))
+    assert all(row is None or row.typed for row in rows)
 
 
 def test_token_types_that_the_model_does_not_take_are_not_looked_at():

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainingArguments
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, ForValueScores, prefilter
+from forvalue_callbacks.scores.noise import NoiseEstimate
 from forvalue_callbacks.trainer.callback import SCORES_FILE
 from helpers.models import build_model, build_rows
 from helpers.trainers import TRAIN, VALIDATION, Passes, make_trainer, rows_with_id
@@ -241,6 +242,6 @@ def callback_with(scores):
 def test_given_scores_without_log_odds_cannot_be_dropped_by_them(tmp_path):
     with pytest.raises(ValueError, match="log odds"):
         ForValueCallback(VALIDATION, AUTO, LABELS, scores=given(rows_with_id()))
-    made = ForValueCallback(VALIDATION, AUTO, scores=given(rows_with_id(), noise={"share": 0.5}))
+    made = ForValueCallback(VALIDATION, AUTO, scores=given(rows_with_id(), noise=NoiseEstimate(0.5, {}, 40).to_dict()))
     make_trainer(tmp_path, [made], max_steps=1).train()
     assert np.array_equal(made.weights > 0, made.scores.values >= 0)

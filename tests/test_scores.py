@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from forvalue_callbacks.scores.scores import PARTS, ForValueScores, grouped_reasons
+from forvalue_callbacks.scores.noise import Evidence, NoiseEstimate
+from forvalue_callbacks.scores.provenance import PARTS
+from forvalue_callbacks.scores.scores import ForValueScores, grouped_reasons
 
 MADE_OF = {"weights": "w1", "validation": "v1", "data": "d1", "config": "c1"}
 
@@ -255,10 +257,11 @@ def test_a_summary_without_any_score_still_tells_the_reasons():
 def test_the_summary_shows_the_evidence_before_anything_that_many_rows_could_fill():
     reasons = [None, *(f"{n} tokens, but the model takes 512" for n in range(600, 640))]
     values = np.array([1.0, *[np.nan] * 40])
-    report = ["evidence    on your 9 rows", "noise       0.3"]
-    scores = ForValueScores(values, reasons, np.zeros(41), np.ones(41), {"noise": {"report": report}})
+    noise = NoiseEstimate(0.3, {"flipped": Evidence(0.9)}, 9, n_answers=3)
+    scores = ForValueScores(values, reasons, np.zeros(41), np.ones(41), {"noise": noise.to_dict()})
     lines = scores.summary().splitlines()
-    assert lines[2:4] == report
+    assert lines[2].startswith("evidence    on your 9 validation rows a wrong answer put in on purpose is told")
+    assert lines[3] == "noise       estimated share of wrong answers 0.30"
     assert lines[-1] == "not scored  40: 600 to 639 tokens, but the model takes 512"
     assert len(lines) == 7
 
@@ -270,7 +273,7 @@ def test_scores_are_shown_in_three_lines_whatever_is_in_them():
         f"{np.nanmax(scores.values):.4g} (median {np.nanmedian(scores.values):.4g})",
         "without: 714 x no labelled tokens",
     ]
-    scores.reasons[2], scores.metadata["noise"] = "too long", {"report": ["a", "b"]}
+    scores.reasons[2], scores.metadata["noise"] = "too long", NoiseEstimate(0.3, {}, 9).to_dict()
     assert repr(scores).splitlines()[1:] == [
         "without: 713 x no labelled tokens and 1 other reasons",
         "log odds that a row is clean",

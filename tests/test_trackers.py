@@ -15,6 +15,7 @@ from forvalue_callbacks import (
     ForValueScores,
 )
 from forvalue_callbacks.report.words import numbers
+from forvalue_callbacks.scores.noise import Evidence, NoiseEstimate
 from forvalue_callbacks.trainer.trackers import report
 from helpers.trainers import (
     VALIDATION,
@@ -80,11 +81,8 @@ def test_the_numbers_reach_a_run_of_wandb_where_the_trainer_reports_to_it(monkey
 
 def test_shares_and_evidence_are_among_the_numbers():
     scores = ForValueScores([1.0, -2.0], [None, None], [-1.0, -1.0], [2, 2])
-    scores.metadata["noise"] = {
-        "share": 0.4,
-        "shares": {"swapped": 0.3, "words deleted": 0.1},
-        "held_out": {"swapped": {"auc": 0.9}, "words deleted": {"auc": 0.7}},
-    }
+    evidence = {"swapped": Evidence(0.9), "words deleted": Evidence(0.7)}
+    scores.metadata["noise"] = NoiseEstimate(0.4, evidence, 50, {"swapped": 0.3, "words deleted": 0.1}).to_dict()
     found = numbers(scores, np.array([1.0, 0.0]), 1.0)
     assert found["forvalue_noise_share"] == 0.4
     assert found["forvalue_share_words_deleted"] == 0.1

@@ -95,10 +95,12 @@ class ForValueScores:
         reasons: list[str | None] = []
         digests: list[str] = []
         for part in parts:
-            if missing := [name for name in columns if name not in part.columns]:
+            missing = [name for name in columns if name not in part.columns]
+            if missing and not all(part.reasons):  # nothing is known of rows that all have a reason
                 raise ValueError(f"no scores are kept there: {' and '.join(missing)} of row {part.start} are missing")
+            nothing = np.full(len(part.reasons), np.nan), np.zeros(len(part.reasons))
             for name, kept in columns.items():
-                kept.append(part.columns[name])
+                kept.append(part.columns.get(name, nothing[name == "n_labelled"]))
             reasons += part.reasons
             digests += part.digests
         whole = [np.concatenate(kept) if kept else np.zeros(0) for kept in columns.values()]
