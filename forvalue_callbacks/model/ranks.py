@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 
 def world() -> tuple[int, int]:
@@ -163,6 +163,6 @@ def refuse_other_rows(ranks: Sequence[list[tuple[str, str | None]] | None], star
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass needs all ranks: FSDP, ZeRO-3, tensor parallelism."""
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules()):
         return True
     return any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in model.parameters())

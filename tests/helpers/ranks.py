@@ -542,13 +542,13 @@ def a_policy_that_raises_in_prefilter(rank, folder):
 # ---- weights that lie on all ranks ----
 
 
-def sharded():
-    model = build_model()
+def sharded(**settings):
+    model = build_model(dtype=torch.float64)
     if is_one_of_two():
         mesh = torch.distributed.init_device_mesh("cpu", (2,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, **settings)
     return model
 
 
@@ -561,10 +561,30 @@ def sharded_and_out_of_memory(rank, folder):
     scorer.score(TRAIN)
 
 
-@scenario()
-def sharded_weights(rank, folder):
-    scorer = scorer_of(sharded())
+@scenario(reshard_after_forward=None)
+@scenario(reshard_after_forward=True)  # as accelerate does
+def sharded_weights(rank, folder, **settings):
+    scorer = scorer_of(sharded(**settings))
     return [told(scorer.score(TRAIN)), scorer.run.sharded or not is_one_of_two()]
+
+
+@scenario()
+def sharded_weights_and_common_beginnings(rank, folder):
+    """Two forward passes a batch, and not equally many batches on both ranks."""
+    rows = [{"input_ids": [*range(3, 23), *row["input_ids"]], "labels": [-100] * 20 + row["labels"]} for row in TRAIN]
+    return told(scorer_of(sharded(), max_tokens=70).score(rows))
+
+
+@scenario()
+def sharded_weights_and_rows_that_do_not_go_together(rank, folder):
+    """A mask of four dimensions: of such rows the model reads one at a time, and all ranks must know before."""
+
+    def masked(rows):
+        batch = collate(rows)
+        n = batch["input_ids"].shape[1]
+        return {**batch, "attention_mask": torch.ones(1, 1, n, n, dtype=torch.bool).tril()}
+
+    return told(scorer_of(sharded(), data_collator=masked).score([{**row, "other": [1]} for row in TRAIN]))
 
 
 # ---- the two of them ----
