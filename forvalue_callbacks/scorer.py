@@ -95,6 +95,7 @@ class ForValueScorer:
 
     # ---- what users call ----
 
+    @together("scoring rows")
     def score(self, dataset: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> ForValueScores:
         """One score per row, in row order; NaN and a reason where a row cannot be scored.
 
@@ -111,7 +112,7 @@ class ForValueScorer:
             method, state = self.validation.method, self._seen_only(self.validation.state(), dataset)
 
             def skip(start: int, digests: list[str]) -> bool:
-                return of_first_rank(writer is not None and writer.holds(start, digests))
+                return writer is not None and writer.holds(start, digests)
 
             score = partial(method.score, state, self.backbone.head())
             n = 0
@@ -130,8 +131,9 @@ class ForValueScorer:
                     if path is not None:
                         scores.save(path)
                         writer.remove()
-            return of_first_rank(scores)
+            return of_first_rank(scores, "handing out the scores")
 
+    @together("scoring tokens")
     def token_scores(self, dataset: Iterable[Mapping[str, Any]]) -> list[Tensor]:
         """Scores of each row's labelled tokens, float64 (n_labelled,) each, empty where a row cannot be scored.
 
@@ -149,6 +151,7 @@ class ForValueScorer:
                 out += [torch.from_numpy(values if reason is None else np.zeros(0)) for values, reason in tokens]
         return out
 
+    @together("scoring pairs")
     def pairwise(self, dataset: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Tensor:
         """Score of every row against every validation row, float64 (rows of dataset, rows of validation).
 
@@ -181,6 +184,7 @@ class ForValueScorer:
             assert isinstance(dataset, Sized)
             return pairs.to_file(path, dataset, provenance)
 
+    @together("finding the direction")
     def direction(self) -> Tensor:
         """How the head moves, float32 (V, d) (float64 for a float64 model), computed once: D, or the fitted move."""
         self._refuse_unless(METHODS[self.config.method].tokenwise, "the head's direction")

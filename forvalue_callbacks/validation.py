@@ -20,7 +20,7 @@ from .methods.base import State
 from .model.backbone import left_as_found
 from .model.fingerprint import digest, hash_weights
 from .model.positions import collated, predicted
-from .model.ranks import of_all_ranks, refuse_other, together, world
+from .model.ranks import of_all_ranks, refuse_other, refuse_other_rows, refuse_other_settings, together, world
 from .model.run import Run
 from .scores.cache import load_state, save_state
 from .scores.files import make_folder
@@ -56,7 +56,8 @@ class ValidationSide:
             ValueError: there are none.
         """
         if self._samples is None:
-            with together("reading the validation rows"):
+            refuse_other_settings(self._settings())
+            with together("reading the validation rows") as work:
                 rows = list(self.run.reader.samples(self.dataset))
                 bad = [f"row {row.index}: {row.reason}" for row in rows if row.reason is not None]
                 if bad:
@@ -66,6 +67,7 @@ class ValidationSide:
                 if len(bad) == len(rows):
                     given = "; ".join(bad[:3]) or "none given"
                     raise ValueError(f"no validation row can be scored ({len(rows)} rows; {given}).")
+                refuse_other_rows(work.exchange([(row.digest, row.reason) for row in rows]), 0, "validation ")
             self._samples, self.n_rows = [row for row in rows if row.reason is None], len(rows)
         return self._samples
 
@@ -83,8 +85,8 @@ class ValidationSide:
             ValueError: they are others on another rank.
         """
         if self._provenance is None:
-            config = {**asdict(self.config), **asdict(self.row_config)}
-            del config["max_tokens_per_batch"], config["direction_cache"]  # change no score
+            config = self._settings()
+            del config["max_tokens_per_batch"]  # changes no score
             samples = self.samples()
             with together("reading the weights", self.run.sharded):
                 weights = hash_weights(self.run.backbone.model)
@@ -93,14 +95,21 @@ class ValidationSide:
                 "validation": digest("".join(sample.digest for sample in samples)),
                 "config": digest(repr(sorted(config.items()))),
             }
-            for what, key in (("weights", "weights"), ("validation rows", "validation"), ("settings", "config")):
-                refuse_other(what, self._provenance[key])
+            refuse_other("weights", weights)
         return self._provenance
+
+    def _settings(self) -> dict[str, Any]:
+        """Those that scores depend on, and how the work is shared out among ranks."""
+        config = {**asdict(self.config), **asdict(self.row_config), "max_tokens_per_batch": self.run.max_tokens}
+        del config["direction_cache"]
+        return config
 
     def check(self) -> None:
         """Before anything is computed: finds out how the model is to be run, or refuses it."""
         if self._checked:
             return
+        if world()[1] > 1:
+            self.provenance()  # compares the weights
         with together("checking the model", self.run.sharded):
             file = self._file()
             if file is not None and world()[0] == 0 and not file.is_file():
@@ -118,7 +127,7 @@ class ValidationSide:
             file = self._file()
             arrays = None if file is None else load_state(file, may_be_infinite=("ridge", "curve"))
             device = self.run.backbone.head().weight.device
-            if all(of_all_ranks(arrays is not None)) and arrays is not None:
+            if all(of_all_ranks(arrays is not None, "looking for the direction")) and arrays is not None:
                 logger.info("the validation direction is that in %s", file)
                 self.known = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
             else:

@@ -9,7 +9,7 @@ import torch
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
 from forvalue_callbacks.methods.gradient import Gradient
-from forvalue_callbacks.model.plan import PASS_COST, pack, padded_tokens, shared_prefixes
+from forvalue_callbacks.model.plan import COLLATED_ROWS, PASS_COST, pack, padded, padded_tokens, plan, shared_prefixes
 from helpers.models import ARCHITECTURES, VOCAB, build_model, build_rows
 from helpers.oracles import relative
 
@@ -102,6 +102,97 @@ def test_batches_cost_as_little_as_any_cut_of_their_order(n_prefixes, budget):
         best = min(cost(order, sizes) for sizes in splits(9))
         assert cost(order, [len(batch) for batch in batches]) == pytest.approx(best)
     assert pack([], [], [], budget) == []
+
+
+def drawn(seed):
+    """Lengths, some of which nobody knows, and beginnings, some of them in common, of 0 to 60 rows; a budget."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(0, 61))
+    common = [rng.integers(3, 9, k) for k in (0, 4, 30)]
+    prompts = [np.append(common[k], rng.integers(3, 9, rng.integers(0, 4))) for k in rng.integers(0, 3, n)]
+    lengths = [len(prompt) + int(rng.integers(1, 20)) for prompt in prompts]
+    unknown = rng.random(n) < rng.choice([0.0, 0.3])
+    lengths = [None if hidden else length for hidden, length in zip(unknown, lengths, strict=True)]
+    return lengths, int(rng.choice([1, 17, 64, 300, 5000])), prompts if rng.random() < 0.7 else None
+
+
+SEEDS = range(40)
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 8, 100])
+def test_every_row_is_in_one_batch_of_one_rank(n_ranks):
+    for seed in SEEDS:
+        lengths, budget, prompts = drawn(seed)
+        ranks = plan(lengths, budget, n_ranks, prompts)
+        assert len(ranks) == n_ranks
+        assert sorted(i for rank in ranks for batch in rank for i in batch.rows) == list(range(len(lengths))), seed
+        assert all(len(batch.rows) == len(batch.shared) > 0 for rank in ranks for batch in rank), seed
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3, 8])
+def test_the_batches_of_ranks_are_those_of_one_dealt_out(n_ranks):
+    for seed in SEEDS:
+        lengths, budget, prompts = drawn(seed)
+        (one,) = plan(lengths, budget, 1, prompts)
+        ranks = plan(lengths, budget, n_ranks, prompts)
+        assert [ranks[k % n_ranks][k // n_ranks] for k in range(len(one))] == one, seed
+        assert max(map(len, ranks)) - min(map(len, ranks)) <= 1, seed
+
+
+def test_a_batch_holds_no_more_than_the_budget_or_one_row():
+    for seed in SEEDS:
+        lengths, budget, prompts = drawn(seed)
+        known = {i: length for i, length in enumerate(lengths) if length is not None}
+        for batch in plan(lengths, budget, 1, prompts)[0]:
+            if lengths[batch.rows[0]] is None:
+                assert {lengths[i] for i in batch.rows} == {None}, seed
+                assert len(batch.rows) <= COLLATED_ROWS, seed
+                assert not any(batch.shared), seed
+            else:
+                assert len(batch.rows) == 1 or padded(batch, known, prompts) <= budget, seed
+
+
+def test_beginnings_are_shared_where_that_saves_tokens_alone():
+    n_sharing = 0
+    for seed in SEEDS:
+        lengths, budget, prompts = drawn(seed)
+        if prompts is None:
+            continue
+        known = {i: length for i, length in enumerate(lengths) if length is not None}
+
+        def tokens(batches, known=known, prompts=prompts):
+            return sum(padded(batch, known, prompts) for batch in batches if batch.rows[0] in known)
+
+        (bare,), (batches,) = plan(lengths, budget), plan(lengths, budget, 1, prompts)
+        if any(any(batch.shared) for batch in batches):
+            n_sharing += 1
+            assert tokens(batches) < 0.8 * tokens(bare), seed
+            for batch in batches:
+                assert all(n <= len(prompts[i]) for i, n in zip(batch.rows, batch.shared, strict=True)), seed
+        else:
+            assert batches == bare, seed
+    assert 5 < n_sharing < len(SEEDS)
+
+
+def test_equal_rows_have_an_equal_plan():
+    """Ranks make it each for themselves."""
+    for seed in SEEDS:
+        lengths, budget, prompts = drawn(seed)
+        again = None if prompts is None else [prompt.copy() for prompt in prompts]
+        assert plan(lengths, budget, 3, prompts) == plan(list(lengths), budget, 3, again), seed
+
+
+def test_rows_that_none_can_put_together_are_alone_where_all_ranks_must_run_equally_often():
+    ranks = plan([None] * 9, 100, 2, collated_rows=1)
+    assert [[batch.rows for batch in batches] for batches in ranks] == [
+        [(0,), (2,), (4,), (6,), (8,)],
+        [(1,), (3,), (5,), (7,)],
+    ]
+
+
+def test_no_rows_are_no_batches_on_any_rank():
+    assert plan([], 100, 3, []) == [[], [], []]
+    assert [len(batches) for batches in plan([5], 100, 3)] == [1, 0, 0]
 
 
 def rows_with_a_system_prompt(n, seed=0):

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import core
 from ..data.sample import Sample
 from ..model.positions import Columns, Positions, concatenate
-from ..model.ranks import of_first_rank, together, world
+from ..model.ranks import together, world
 from ..model.run import Run, Window
 from ..scores.pairs import PairsFile
 from .base import Method, State
@@ -67,7 +67,7 @@ class Pairs:
         with self._file(path, len(dataset), provenance) as file:
 
             def skip(start: int, digests: list[str]) -> bool:
-                return of_first_rank(file is not None and file.holds(start, digests))
+                return file is not None and file.holds(start, digests)
 
             for window in self.windows(dataset, skip):
                 if file is not None and isinstance(window, Window):

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import align_module_device, extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -214,12 +215,20 @@ class Backbone:
     def run(self, inputs: dict[str, Any]) -> Tensor:
         """Inputs of the head, (B, L, D), for `inputs`; (B, 1, D) for a sequence classifier."""
         if not self.runs_whole_model:
-            hidden = getattr(self.causal.base_model(**inputs, use_cache=False), "last_hidden_state", None)
+            hidden = getattr(self._base(**inputs, use_cache=False), "last_hidden_state", None)
             if hidden is not None:
                 return hidden
             self.runs_whole_model = True  # a base model with a head of its own
         hidden, place = self.up_to_head(inputs)
         return self.of_sequence(hidden, place) if self.kind == "sequence classification" else hidden
+
+    def _base(self, **inputs: Any) -> Any:
+        """The base model by itself, which passes by the forward of the whole one, where FSDP2 gathers the weights that
+        are in no part of their own (embeddings, final norm); they stay, as after any forward of the whole."""
+        for module in (self.model, self.causal):
+            if isinstance(module, FSDPModule):
+                module.unshard()
+        return self.causal.base_model(**inputs)
 
     @staticmethod
     def of_sequence(states: Tensor, place: Tensor | None) -> Tensor:
@@ -312,10 +321,10 @@ class Backbone:
         """
         cache = DynamicCache(config=self.causal.config.get_text_config())
         with self.autocast():
-            self.causal.base_model(**self.inputs(prefixes), past_key_values=cache, use_cache=True)
+            self._base(**self.inputs(prefixes), past_key_values=cache, use_cache=True)
             cache.batch_select_indices(prefix.to(self.device))
             inputs = self.inputs(batch)
-            return self.causal.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            return self._base(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
     def check(self, batch: Mapping[str, Any], predicted_BL: Tensor | None = None) -> None:
         """See that the model is what is described here, on a batch, or refuse it by name: `model.check.check`."""

@@ -127,7 +127,11 @@ class Batch:
 
 
 def plan(
-    lengths: Sequence[int | None], budget: int, n_ranks: int = 1, prompts: Sequence[np.ndarray] | None = None
+    lengths: Sequence[int | None],
+    budget: int,
+    n_ranks: int = 1,
+    prompts: Sequence[np.ndarray] | None = None,
+    collated_rows: int = COLLATED_ROWS,
 ) -> list[list[Batch]]:
     """Which rows run together, on every rank: (ranks, batches).
 
@@ -138,6 +142,7 @@ def plan(
         lengths: tokens that the model reads in each row; None: nobody knows (a collator makes the inputs).
         budget: padded tokens in one batch, or one row.
         prompts: of each row the tokens that may be shared; None: nothing is.
+        collated_rows: rows of unknown length in one batch.
     """
     known = [i for i, length in enumerate(lengths) if length is not None]
     unknown = [i for i, length in enumerate(lengths) if length is None]
@@ -148,8 +153,8 @@ def plan(
         sharing = _sharing(known, tokens, prompts, budget, worth_it)
         if sharing and sum(padded(batch, tokens, prompts) for batch in sharing) < worth_it:
             batches = sharing
-    for lo in range(0, len(unknown), COLLATED_ROWS):
-        rows = tuple(unknown[lo : lo + COLLATED_ROWS])
+    for lo in range(0, len(unknown), collated_rows):
+        rows = tuple(unknown[lo : lo + collated_rows])
         batches.append(Batch(rows, (0,) * len(rows)))
     return [batches[rank::n_ranks] for rank in range(n_ranks)]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 
 def world() -> tuple[int, int]:
@@ -18,19 +18,41 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def of_all_ranks(mine: Any) -> list[Any]:
-    """What each rank has, in the order of the ranks, on every rank."""
+def of_all_ranks(mine: Any, what: str) -> list[Any]:
+    """What each rank has, in the order of the ranks, on every rank.
+
+    Args:
+        what: what is done, in a few words: ranks that meet over different things have gone different ways.
+
+    Raises:
+        RuntimeError: a rank has failed in place of coming here, or is doing something else; says which and why.
+    """
     if world()[1] == 1:
         return [mine]
-    parts: list[Any] = [None] * world()[1]
-    torch.distributed.all_gather_object(parts, mine)
-    return parts
+    ranks = _meet((what, None, mine))
+    for rank, (doing, failure, _) in enumerate(ranks):
+        if failure is not None:
+            raise _known(RuntimeError(f"rank {rank} failed while {doing}, so all ranks stop: {failure}"))
+    for rank, (doing, _, _) in enumerate(ranks):
+        if doing != ranks[0][0]:
+            raise _known(
+                RuntimeError(
+                    f"rank {rank} is {doing} while rank 0 is {ranks[0][0]}: every rank must make the same calls, with "
+                    "the same settings."
+                )
+            )
+    return [mine for _, _, mine in ranks]
 
 
-def of_first_rank(mine: Any) -> Any:
-    """What the first rank has, on every rank."""
+def of_first_rank(mine: Any, what: str) -> Any:
+    """What the first rank has, on every rank.
+
+    Raises:
+        RuntimeError: as `of_all_ranks`.
+    """
     if world()[1] == 1:
         return mine
+    of_all_ranks(None, what)  # where a failure can be told; what the first rank has is sent once, and not by all
     box = [mine]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
@@ -44,22 +66,16 @@ class Together:
         self.met = False
 
     def exchange(self, mine: Any) -> list[Any]:
-        """What each rank has.
-
-        Raises:
-            RuntimeError: a rank has failed before it came here; says which and why.
-        """
+        """What each rank has; raises what `of_all_ranks` does."""
         self.met = True
-        parts = of_all_ranks((None, mine))
-        for rank, (failure, _) in enumerate(parts):
-            if failure is not None:
-                raise RuntimeError(f"rank {rank} failed while {self.what}, so all ranks stop: {failure}")
-        return [part for _, part in parts]
+        return of_all_ranks(mine, self.what)
 
 
 @contextmanager
 def together(what: str, sharded: bool = False) -> Iterator[Together]:
-    """Where one rank fails before it has exchanged what it has, all of them raise, and none waits for it.
+    """Where one rank fails all of them raise, at the latest at the end, and none waits for it.
+
+    A rank that fails tells the others where they meet next, in here or in what this is part of.
 
     Args:
         what: what is done, in a few words.
@@ -70,11 +86,29 @@ def together(what: str, sharded: bool = False) -> Iterator[Together]:
     try:
         yield work
     except Exception as error:
-        if not sharded and not work.met:
-            of_all_ranks((f"{type(error).__name__}: {error}", None))
+        if world()[1] > 1 and not sharded and not hasattr(error, _KNOWN):
+            with suppress(Exception):  # a rank that is gone cannot be told
+                _meet((what, f"{type(error).__name__}: {error}", None))
+        _known(error)
         raise
     if not work.met:
         work.exchange(None)
+
+
+# On an exception: the other ranks need not be told of it.
+_KNOWN = "known_to_all_ranks"
+
+
+def _known(error: Exception) -> Exception:
+    setattr(error, _KNOWN, True)
+    return error
+
+
+def _meet(mine: tuple[str, str | None, Any]) -> list[tuple[str, str | None, Any]]:
+    """What each rank does, why it failed if it has, and what it has."""
+    ranks: list[Any] = [None] * world()[1]
+    torch.distributed.all_gather_object(ranks, mine)
+    return ranks
 
 
 def refuse_other(what: str, mine: str) -> None:
@@ -84,38 +118,51 @@ def refuse_other(what: str, mine: str) -> None:
         what: what it is that must be the same.
         mine: its digest on this rank.
     """
-    parts = of_all_ranks(mine)
-    for rank, other in enumerate(parts):
-        if other != parts[0]:
+    ranks = of_all_ranks(mine, f"comparing {what}")
+    for rank, other in enumerate(ranks):
+        if other != ranks[0]:
+            raise ValueError(f"rank {rank} has other {what} than rank 0: every rank must be given the same {what}.")
+
+
+def refuse_other_settings(mine: Mapping[str, Any]) -> None:
+    """Raises ValueError, which names them, on every rank unless all of them have the same settings."""
+    ranks = of_all_ranks({name: repr(value) for name, value in mine.items()}, "comparing settings")
+    for rank, other in enumerate(ranks):
+        differ = [name for name in {**ranks[0], **other} if other.get(name) != ranks[0].get(name)]
+        if differ:
             raise ValueError(
-                f"rank {rank} has other {what} than rank 0: every rank must be given the same {what}, in the same "
-                "order (each takes its share of them)."
+                f"rank {rank} has other settings than rank 0 ({', '.join(differ)}): every rank must be given the same."
             )
 
 
-def refuse_other_rows(ranks: Sequence[list[tuple[str, str | None]] | None], start: int) -> None:
-    """Raises ValueError unless all ranks have read the same window of rows.
+def refuse_other_rows(ranks: Sequence[list[tuple[str, str | None]] | None], start: int, of: str = "") -> None:
+    """Raises ValueError unless all ranks have read the same rows.
 
     Args:
         ranks: of each the digest and the reason of every row, None where there are no rows left.
-        start: place of the window's first row.
+        start: place of the first row.
+        of: what the rows are for, "validation ".
     """
     first = ranks[0]
     for rank, other in enumerate(ranks):
-        if (first is None) != (other is None) or (first and other and len(first) != len(other)):
-            raise ValueError(f"rank {rank} has more or fewer rows than rank 0: every rank must be given all the rows.")
-        for place, (here, there) in enumerate(zip(first or [], other or [], strict=True)):
-            if here != there:
+        for place, (here, there) in enumerate(zip(first or [], other or [], strict=False)):
+            if (here[0], here[1] is None) != (there[0], there[1] is None):
                 reasons = f" (rank 0: {here[1] or 'fine'}; rank {rank}: {there[1] or 'fine'})"
                 why = "" if here[1] == there[1] else reasons
                 raise ValueError(
-                    f"row {start + place} is another on rank {rank} than on rank 0{why}: every rank must be given the "
-                    "same rows in the same order (each takes its share of them)."
+                    f"{of}row {start + place} is another on rank {rank} than on rank 0{why}: every rank must be given "
+                    "the same rows in the same order (each takes its share of them)."
                 )
+        n, n_other = (start + len(rows or []) for rows in (first, other))
+        if n != n_other:
+            raise ValueError(
+                f"rank {rank} has {'more' if n_other > n else 'fewer'} {of}rows than rank 0, from row "
+                f"{min(n, n_other)} on: every rank must be given all the rows (each takes its share of them)."
+            )
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass needs all ranks: FSDP, ZeRO-3, tensor parallelism."""
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules()):
         return True
     return any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in model.parameters())

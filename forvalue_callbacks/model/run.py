@@ -19,9 +19,9 @@ from ..data.reader import Reader
 from ..data.sample import Sample, Segment
 from ..progress import Progress, aside, size
 from .backbone import Backbone
-from .plan import Batch, padded, plan
+from .plan import COLLATED_ROWS, Batch, padded, plan
 from .positions import Columns, Positions, collated, joined, pad, picked, prompt_means, tokens_of
-from .ranks import is_sharded, refuse_other_rows, together, world
+from .ranks import is_sharded, of_first_rank, refuse_other_rows, together, world
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class Run:
     ):
         self.backbone = backbone
         self.reader = reader
-        self.max_tokens = max_tokens or tokens_per_batch(backbone.device)
+        self.max_tokens = max_tokens or tokens_per_batch(backbone.device)  # of plans: the same on all ranks
+        self.fits = self.max_tokens  # what has not run out of memory here
         self.progress = progress or Progress(lines=False, bars=False)
         self.sharded = world()[1] > 1 and is_sharded(backbone.model)
 
@@ -97,7 +98,7 @@ class Run:
             method: says what is read of a row (`methods.base.Method`).
             score: columns of positions.
             name: of the pass.
-            skip: whether a window is known already, by its first row and the digests of all.
+            skip: whether a window is known already, by its first row and the digests of all; the first rank decides.
             tile: how many positions meet the head at once; None: by the device.
 
         Yields:
@@ -114,7 +115,7 @@ class Run:
                 samples = self._read(windows, start)
                 if samples is None:
                     return
-                if skip is not None and skip(start, [sample.digest for sample in samples]):
+                if skip is not None and of_first_rank(skip(start, [s.digest for s in samples]), "looking for rows"):
                     self.progress.update(len(samples) * n_parts)
                     yield len(samples)
                 else:
@@ -126,10 +127,10 @@ class Run:
         with together("reading rows") as work:
             samples = next(windows, None)
             mine = None if samples is None else [(sample.digest, sample.reason) for sample in samples]
-            if world()[1] > 1:
-                ranks = work.exchange((mine, self.max_tokens))
-                refuse_other_rows([rows for rows, _ in ranks], start)
-                self.max_tokens = min(max_tokens for _, max_tokens in ranks)  # or their plans would not be the same
+            ranks = work.exchange((mine, min(self.fits, self.max_tokens)))
+            refuse_other_rows([rows for rows, _ in ranks], start)
+            # What one rank cannot run it would split, window after window, while the others wait for it.
+            self.max_tokens = min(fits for _, fits in ranks)
         return samples
 
     def _window(
@@ -199,8 +200,9 @@ class Run:
         prompts = None
         if not method.reads_prompt and self.backbone.shares_prefixes:
             prompts = [_shareable(segment) for _, segment in work]
-        ranks = plan(lengths, self.max_tokens, n_ranks, prompts)
-        # Sharded models gather weights in every forward: all ranks must run equally many.
+        # Sharded models gather weights in every forward: all ranks must run equally many, and so none may find out
+        # that what collators have made of rows does not go together.
+        ranks = plan(lengths, self.max_tokens, n_ranks, prompts, 1 if self.sharded else COLLATED_ROWS)
         n_forwards = [sum(batch.n_forwards for batch in batches) for batches in ranks]
         with nullcontext() if name is None else self.progress.part(name, len(work)):
             for batch in ranks[rank]:
@@ -221,7 +223,7 @@ class Run:
             part = parts.pop(0)
             rows = [work[i] for i in part.rows]
             tokens = _padded(rows, part.shared)
-            if len(rows) > 1 and tokens > self.max_tokens:
+            if len(rows) > 1 and tokens > min(self.fits, self.max_tokens):
                 parts[:0] = part.halves()
                 continue
             try:
@@ -249,9 +251,9 @@ class Run:
             ) from error
         clear_device_cache(garbage_collection=True)
         if len(rows) > 1:
-            self.max_tokens = max(1, min(tokens, self.max_tokens) // 2)
+            self.fits = max(1, min(tokens, self.fits) // 2)  # plans go by it once all ranks know
             with aside():
-                logger.warning("out of memory with %d tokens in a batch: now %d", tokens, self.max_tokens)
+                logger.warning("out of memory with %d tokens in a batch: now %d", tokens, self.fits)
             return
         reason = f"out of memory with this row alone ({tokens} tokens): set max_length"
         if failed is None:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config import ForValueConfig
 from ..data.reading import kept
+from ..model.ranks import of_all_ranks, together
 from ..policies import Policy, as_policy
 from ..progress import speaking
 from ..report.words import lines, numbers
@@ -116,6 +117,7 @@ class ForValueCallback(TrainerCallback):
         with speaking(args.process_index == 0):
             self._score_and_install(args, state, control, model, train_dataloader, processing_class)
 
+    @together("preparing to train by scores")
     def _score_and_install(
         self,
         args: TrainingArguments,
@@ -185,13 +187,15 @@ class ForValueCallback(TrainerCallback):
         """Whether `auto_find_batch_size` has begun the run anew, with weights trained since: the scores hold."""
         if not (self._running and args.auto_find_batch_size) or self.scores is None:
             return False
-        return self._given or self.scores.metadata["provenance"]["data"] == scorer.hash_rows(dataset)
+        same = self._given or self.scores.metadata["provenance"]["data"] == scorer.hash_rows(dataset)
+        return all(of_all_ranks(same, "looking at the rows again"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._running = False
 
+    @together("keeping the scores")
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = folder_of(args) / f"checkpoint-{state.global_step}"
         if args.process_index == 0 and self.scores is not None and checkpoint.is_dir():

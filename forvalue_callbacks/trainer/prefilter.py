@@ -11,6 +11,7 @@ import numpy as np
 from transformers import Trainer
 
 from ..config import ForValueConfig
+from ..model.ranks import together
 from ..policies import Policy, as_policy
 from ..progress import speaking
 from ..report.words import lines
@@ -54,6 +55,7 @@ def prefilter(
         return _prefilter(trainer, validation_dataset, as_policy(policy), checked_config(config), groups, verbose)
 
 
+@together("shortening the training rows")
 def _prefilter(
     trainer: Any, validation_dataset: Any, policy: Policy, config: ForValueConfig, groups: Any, verbose: bool
 ) -> ForValueScores:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerState, TrainingArguments
 
 from ..config import ForValueConfig
 from ..data.sft import RowConfig
+from ..model.ranks import of_first_rank
 from ..policies import Policy
 from ..progress import Progress
 from ..scorer import ForValueScorer
@@ -99,7 +99,7 @@ def kept_scores(
 
     After the first step the weights have moved on, so they need not match any more; before it they must.
     """
-    found: list[ForValueScores | None] = [None]
+    found: ForValueScores | None = None
     provenance = scorer.provenance()  # on every rank: it compares them
     if args.process_index == 0:
         kept: list[tuple[Any, ForValueScores]] = [] if last is None else [("the last run", last)]
@@ -116,7 +116,7 @@ def kept_scores(
         for name, scores in kept:
             other = differing(scores.metadata.get("provenance", {}), expected)
             if not other:
-                found[0] = scores
+                found = scores
                 progress.say(f"For-Value: the scores are those of {name}")
                 break
             trained = "; the model has been trained since" if other == ["weights"] and scores is last else ""
@@ -126,8 +126,6 @@ def kept_scores(
                 " and ".join(other),
                 trained,
             )
-        if found[0] is None and state.global_step > 0:
+        if found is None and state.global_step > 0:
             logger.warning("no usable scores beside the checkpoint: scoring with the partly trained weights")
-    if args.world_size > 1:
-        broadcast_object_list(found)
-    return found[0]
+    return of_first_rank(found, "looking for kept scores")

@@ -1,0 +1,72 @@
+"""Two processes: the scores of one, and where one of them fails or is given something else, both say so."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.ranks import SCENARIOS, outcome, sharded_and_out_of_memory
+
+
+def launched(folder, *names):
+    """Two processes that go through the scenarios, which leave what they found in the folder."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
+    return subprocess.run(
+        [*launch, "helpers.ranks", str(folder), *names],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What each scenario gave on each of two ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    run = launched(folder)
+    assert run.returncode == 0, run.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def same(got, want, tolerance):
+    """Numbers to a share of the largest of their list, all else alike."""
+    if isinstance(want, list) and any(isinstance(x, float) for x in want):
+        scale = np.nanmax(np.abs(want), initial=0)
+        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale)
+    elif isinstance(want, list):
+        assert len(got) == len(want)
+        for one, other in zip(got, want, strict=True):
+            same(one, other, tolerance)
+    else:
+        assert got == want
+
+
+@pytest.mark.parametrize("name", [name for name, (_, errors) in SCENARIOS.items() if not errors])
+def test_two_ranks_find_what_one_process_does(name, two, tmp_path):
+    one = outcome(name, tmp_path)
+    first, second = (found[name] for found in two)
+    assert [found["error"] for found in (one, first, second)] == [None] * 3
+    same(second["value"], first["value"], 0)  # ranks that differ would draw different rows
+    same(first["value"], one["value"], 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, errors) in SCENARIOS.items() if errors])
+def test_both_ranks_say_what_is_wrong(name, two):
+    for rank, expected in enumerate(SCENARIOS[name][1]):
+        said = two[rank][name]["error"]
+        assert said is not None, f"rank {rank} goes on"
+        assert re.search(expected, said), f"rank {rank}: {said}"
+
+
+def test_out_of_memory_with_sharded_weights_ends_both_ranks_and_says_the_way_out(tmp_path):
+    run = launched(tmp_path, sharded_and_out_of_memory.__name__)
+    assert run.returncode != 0
+    assert "MemoryError: rank 1 is out of memory with" in run.stderr
+    assert re.search(r"set max_tokens_per_batch to \d+ or less", run.stderr)
