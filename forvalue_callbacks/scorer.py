@@ -33,7 +33,7 @@ from .model.ranks import of_first_rank, together, world
 from .model.run import Run, Window
 from .progress import Pass, Plan, Progress, size
 from .scores.scores import ForValueScores
-from .scores.writer import open_writer
+from .scores.writer import open_writer, parts_folder
 from .validation import ValidationSide
 
 LABELS = "labels of all rows"
@@ -108,7 +108,7 @@ class ForValueScorer:
         """
         dataset = kept(dataset) if self.config.vocab == "seen" else dataset
         provenance = self.provenance()  # refuses weights that nobody can read
-        with self._at_work(dataset, self._plan(dataset)), self._writer(path) as writer:
+        with self._at_work(dataset, self._plan(dataset)), self._writer(path, dataset) as writer:
             method, state = self.validation.method, self._seen_only(self.validation.state(), dataset)
 
             def skip(start: int, digests: list[str]) -> bool:
@@ -118,8 +118,9 @@ class ForValueScorer:
             n = 0
             for window in self.run.windows(dataset, method, score, ROWS, skip):
                 n += len(window.samples) if isinstance(window, Window) else window
-                if writer is not None and isinstance(window, Window):
-                    writer.write(window.start, window.digests, window.reasons, window.columns)
+                with together("writing the scores"):
+                    if writer is not None and isinstance(window, Window):
+                        writer.write(window.start, window.digests, window.reasons, window.columns)
             scores = None
             with together("putting the scores together"):
                 if writer is not None:
@@ -244,12 +245,17 @@ class ForValueScorer:
             plan.passes.insert(len(plan.passes) - 1, Pass(LABELS, size(dataset), 0.0))
         return plan
 
-    def _writer(self, path: str | Path | None) -> Any:
+    def _writer(self, path: str | Path | None, dataset: Iterable[Any]) -> Any:
         """Where windows go, on the first rank: beside the file of the scores, or to a folder that nobody keeps."""
-        if world()[0] > 0:
-            return nullcontext()
-        folder = None if path is None else Path(f"{path}.parts")
-        return open_writer(folder, self.provenance(), self._settings())
+        with together("opening the file of the scores"):
+            if world()[0] > 0:
+                return nullcontext()
+            if path is not None and Path(path).is_dir():
+                raise ValueError(f"{path} is a folder, and the scores go into a file of that name: choose another.")
+            provenance = self.provenance()
+            if path is not None and self.config.vocab == "seen":  # then a row's score depends on all the others
+                provenance = {**provenance, "data": self.hash_rows(dataset)}
+            return open_writer(None if path is None else parts_folder(path), provenance, self._settings())
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -112,8 +113,8 @@ class ValidationSide:
             self.provenance()  # compares the weights
         with together("checking the model", self.run.sharded):
             file = self._file()
-            if file is not None and world()[0] == 0 and not file.is_file():
-                make_folder(file.parent)
+            if file is not None and world()[0] == 0 and not os.path.isdir(file.parent):
+                make_folder(file.parent)  # one that is there and cannot be written costs a warning, later
             short = min(self.samples(), key=lambda sample: abs(sample.n_read - ENOUGH_TOKENS)).segments[0]
             inputs = collated([short])
             ids = inputs.get(self.run.backbone.ids_name)
@@ -125,11 +126,11 @@ class ValidationSide:
         self.check()
         if self.known is None:
             file = self._file()
-            arrays = None if file is None else load_state(file, may_be_infinite=("ridge", "curve"))
-            device = self.run.backbone.head().weight.device
+            head = self.run.backbone.head()
+            arrays = None if file is None else load_state(file, self.method.shapes(head), ("ridge", "curve"))
             if all(of_all_ranks(arrays is not None, "looking for the direction")) and arrays is not None:
                 logger.info("the validation direction is that in %s", file)
-                self.known = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+                self.known = {name: torch.from_numpy(array).to(head.weight.device) for name, array in arrays.items()}
             else:
                 with left_as_found(self.run.backbone.model):
                     self.known = self.method.fit(self.run, self.samples())

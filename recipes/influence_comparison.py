@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from forvalue_callbacks import ForValueConfig, ForValueScorer, baselines
 from forvalue_callbacks.baselines.batches import batches, prepared
 from forvalue_callbacks.core import Head
-from forvalue_callbacks.methods import METHODS
+from forvalue_callbacks.methods import LOG_ODDS, METHODS
 from forvalue_callbacks.model.backbone import Backbone
 
 LORA_METHODS: dict[str, Callable[..., Tensor]] = {
@@ -142,8 +141,7 @@ def quality(scores_NM: Tensor, labels: Labels) -> dict[str, float | None]:
 
 def methods(noisy: bool) -> list[str]:
     """All methods that the scorer knows; those whose scores say that a row is clean where rows are not only."""
-    (spec,) = (spec for spec in dataclasses.fields(ForValueConfig) if spec.name == "method")
-    return [name for name in spec.metadata["choices"] if noisy or not ForValueConfig(method=name).gives_log_odds]
+    return [name for name, method in METHODS.items() if noisy or method.unit != LOG_ODDS]
 
 
 def with_lora(model: nn.Module, config: ComparisonConfig, seed: int) -> nn.Module:

@@ -109,14 +109,17 @@ def test_a_run_that_is_killed_between_windows_goes_on_and_ends_the_same(tmp_path
     np.testing.assert_array_equal(np.load(file), expected(), strict=True)
 
 
-@pytest.mark.parametrize(("n", "provenance"), [(N, {"weights": "w2"}), (N - 1, PROVENANCE)])
-def test_windows_of_another_provenance_or_shape_are_not_used(tmp_path, caplog, n, provenance):
+@pytest.mark.parametrize(
+    ("n", "provenance", "words"),
+    [(N, {**PROVENANCE, "weights": "w2"}, "weights"), (N - 1, PROVENANCE, "numbers of rows")],
+)
+def test_windows_of_another_provenance_or_shape_are_not_used(tmp_path, caplog, n, provenance, words):
     kill_in_window(tmp_path / "pairs.npy", 2)
     with PairsFile(tmp_path / "pairs.npy", N, M, PROVENANCE) as pairs:
         assert pairs.holds(0, digests_of(0))
     assert caplog.records == []
     with PairsFile(tmp_path / "pairs.npy", n, M, provenance) as pairs:
-        assert "another provenance or shape: it is begun anew" in caplog.text
+        assert f"was begun with other {words}: it is begun anew" in caplog.text
         assert not pairs.holds(0, digests_of(0))
     assert np.isnan(np.load(tmp_path / "pairs.npy.partial")).all()
 

@@ -138,6 +138,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def shapes(self, head: Head) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that a state must have to be taken from another process: any others may be there."""
+        return {}
+
     def score(self, state: State, head: Head, positions: Positions) -> Columns:
         """Numbers of each segment: "log_likelihood", "n_labelled" and "score" (or what `finish` makes it of), and
         under "reason" why a row has none."""

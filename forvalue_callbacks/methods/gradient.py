@@ -24,6 +24,9 @@ class HeadMethod(Method):
     tokenwise = True
     normalizations: ClassVar[tuple[str, ...]] = ("none", "length")
 
+    def shapes(self, head: Head) -> dict[str, tuple[int, ...]]:
+        return {"direction": tuple(head.weight.shape)}
+
     def score(self, state: State, head: Head, positions: Positions) -> Columns:
         score_T, log_p_T = self.tokens(state, head, positions)
         values, log_p, lengths = positions.sum(score_T), positions.sum(log_p_T), np.array(positions.lengths)

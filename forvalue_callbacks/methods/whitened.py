@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import core
+from ..core import Head
 from ..data.sample import Sample
 from ..model.run import Run
 from .base import State
@@ -25,6 +26,10 @@ class Whitened(Gradient):
         assert moment_DD is not None
         metric_DD = core.inverse_with_ridge(moment_DD, WHITENING_RIDGE)
         return {"direction": gradient_VD @ metric_DD.to(gradient_VD), "metric": metric_DD}
+
+    def shapes(self, head: Head) -> dict[str, tuple[int, ...]]:
+        dim = head.weight.shape[1]
+        return {**super().shapes(head), "metric": (dim, dim)}
 
     def metric(self, state: State) -> Tensor:
         return state["metric"]

@@ -20,22 +20,22 @@ CHUNK = 2**20  # numbers that are looked at at once
 
 def load_state(
     file: str | os.PathLike[str],
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: Mapping[str, tuple[int, ...]],
     may_be_infinite: Collection[str] = (),
 ) -> dict[str, np.ndarray] | None:
     """The arrays that `save_state` kept, or None, with a warning where there is a file that cannot be used.
 
     Args:
         file: the safetensors file.
-        shapes: which arrays there must be; None takes any.
+        shapes: which arrays there must be; others may be there too.
         may_be_infinite: arrays that may hold infinity. None may hold NaN.
     """
-    if not Path(file).exists():
-        return None
     try:
+        if not Path(file).is_file():
+            return None
         arrays = load_file(file)
         found = {name: array.shape for name, array in arrays.items()}
-        if shapes is not None and found != {name: tuple(shape) for name, shape in shapes.items()}:
+        if not shapes.items() <= found.items():
             raise ValueError(f"it holds {found}, not {dict(shapes)}")
         for name, array in arrays.items():
             if not _is_whole(array, name in may_be_infinite):

@@ -43,11 +43,15 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         stack.callback(temporary.unlink, missing_ok=True)
         closing = stack.enter_context(contextlib.ExitStack())
         closing.callback(os.close, held)
-        yield temporary
-        sync(temporary)
-        if fcntl is None:  # Windows renames no file that is open
-            closing.close()
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            sync(temporary)
+            if fcntl is None:  # Windows renames no file that is open
+                closing.close()
+            os.replace(temporary, path)
+        except OSError as error:
+            why = os.strerror(error.errno) if error.errno else str(error)
+            raise OSError(error.errno, why, str(path)) from error  # a full disk does not say of which file
     sync_folder(path.parent)
 
 

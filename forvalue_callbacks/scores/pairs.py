@@ -17,7 +17,7 @@ import xxhash
 
 from .files import make_folder, open_locked, release, remove_leftovers, sync_folder, whole_file
 from .parts import hash_digests
-from .provenance import as_json
+from .provenance import as_json, differing
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +140,9 @@ class PairsFile:
         """The windows that are there: how many rows, the hash of their digests, and that of their numbers."""
         if (found := self._read_list()) is not None:
             windows = found.pop("windows", {})
-            if found != self._about:
-                logger.warning("%s was begun with another provenance or shape: it is begun anew", self._partial)
+            if other := self._others(found):
+                what = " and other ".join(other)
+                logger.warning("%s was begun with other %s: it is begun anew", self._partial, what)
             elif os.fstat(self._held).st_size == self.nbytes:
                 return {int(start): window for start, window in windows.items()}
         self._list.unlink(missing_ok=True)
@@ -153,6 +154,14 @@ class PairsFile:
                 error.errno, f"{self.path} needs {self.nbytes:,} bytes, which cannot be had: {error.strerror}"
             ) from error
         return {}
+
+    def _others(self, found: dict[str, Any]) -> list[str]:
+        """What the windows that are there were made with, where that is not what these are, for people."""
+        mine, provenance = self._about, found.get("provenance", {})
+        other = differing(provenance, {**dict.fromkeys(provenance), **mine["provenance"]})
+        if (found["forvalue_pairs"], found.get("version")) != (FORMAT, mine["version"]):
+            other.append(f"version of the package ({found.get('version')})")
+        return other + (["numbers of rows"] if found.get("shape") != mine["shape"] else [])
 
     def _reserve(self) -> None:
         """Takes the space, at once where the system can, and fills it with NaN."""

@@ -39,7 +39,15 @@ PART = re.compile(r"part-(\d{12})\.parquet")
 
 
 class OtherProvenanceError(ValueError):
-    """What is kept in a folder was made of something else."""
+    """What is kept in a folder was made of something else.
+
+    Args:
+        what: it is, and what differs.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: give another folder, or anew=True to begin anew there")
+        self.what = what
 
 
 class ScoreWriter:
@@ -84,7 +92,7 @@ class ScoreWriter:
         remove_leftovers(self.folder)
         found = read_manifest(self.folder)
         if anew:
-            self._remove_files()
+            _remove_files(self.folder)
             found = None
         mine = {
             "forvalue_scores": FORMAT,
@@ -182,7 +190,7 @@ class ScoreWriter:
 
     def remove(self) -> None:
         """Deletes what a writer has put into the folder, and the folder if it is empty then; closes the writer."""
-        self._remove_files()
+        _remove_files(self.folder)
         self.close()
         with contextlib.suppress(OSError):  # not empty, or gone
             self.folder.rmdir()
@@ -226,12 +234,6 @@ class ScoreWriter:
         self._file(start).unlink(missing_ok=True)
         self._found.pop(start, None)
 
-    def _remove_files(self) -> None:
-        """The last part first and the manifest after all of them: what a kill leaves there can be gone on with."""
-        for start in reversed(_starts(self.folder)):
-            self._file(start).unlink(missing_ok=True)
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-
 
 def open_writer(
     folder: str | os.PathLike[str] | None, provenance: Mapping[str, Any], settings: Mapping[str, Any]
@@ -240,8 +242,24 @@ def open_writer(
     try:
         return ScoreWriter(folder, provenance, settings)
     except OtherProvenanceError as error:
-        logger.warning("%s: everything is scored anew", str(error).split(":")[0])
+        logger.warning("%s: everything is scored anew", error.what)
         return ScoreWriter(folder, provenance, settings, anew=True)
+
+
+def parts_folder(path: str | os.PathLike[str]) -> Path:
+    """Where the parts of scores lie while they are made, beside their file."""
+    return Path(f"{path}.parts")
+
+
+def remove_parts(path: str | os.PathLike[str]) -> None:
+    """Deletes the parts of scores that are whole, which a killed run has left, unless another process writes them."""
+    folder = parts_folder(path)
+    if folder.is_dir() and (held := open_locked(folder / LOCK)) is not None:
+        _remove_files(folder)
+        (folder / LOCK).unlink()
+        release(held)
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -308,6 +326,14 @@ def _starts(folder: Path) -> list[int]:
     return sorted(int(match[1]) for path in folder.iterdir() if (match := PART.fullmatch(path.name)))
 
 
+def _remove_files(folder: Path) -> None:
+    """The last part first and the manifest after all of them: what a kill leaves there can be gone on with."""
+    for start in reversed(_starts(folder)):
+        part_file(folder, start).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    remove_leftovers(folder)
+
+
 def _refuse_other(found: dict[str, Any], mine: dict[str, Any], folder: Path) -> None:
     other = []
     if (found["forvalue_scores"], found.get("version")) != (mine["forvalue_scores"], mine["version"]):
@@ -315,7 +341,4 @@ def _refuse_other(found: dict[str, Any], mine: dict[str, Any], folder: Path) -> 
     provenance = found.get("provenance", {})
     other += differing(provenance, {**dict.fromkeys(provenance), **mine["provenance"]})
     if other:
-        raise OtherProvenanceError(
-            f"what is kept in {folder} was made with other {' and other '.join(other)}: give another folder, or "
-            "anew=True to begin anew there"
-        )
+        raise OtherProvenanceError(f"what is kept in {folder} was made with other {' and other '.join(other)}")

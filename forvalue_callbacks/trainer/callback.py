@@ -19,6 +19,7 @@ from ..progress import speaking
 from ..report.words import lines, numbers
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
+from ..scores.writer import remove_parts
 from .refusals import groups_of, refuse_other_rows, refuse_policy, refuse_trainer
 from .sampler import INSTEAD, find_sampler, install_sampler
 from .settings import (
@@ -159,6 +160,7 @@ class ForValueCallback(TrainerCallback):
         self._running = True
         if first:
             self.scores.save(file)  # before a policy can refuse them
+            remove_parts(file)
         seconds = time.perf_counter() - started
         self.weights = apply_policy(self.policy, self.scores, dataset, groups)
         install_sampler(train_dataloader, self.weights, seed=args.seed if args.data_seed is None else args.data_seed)
