@@ -1,0 +1,161 @@
+"""Encoder-decoders and classifiers through the scorer, against autograd through each model's own forward and loss."""
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+from transformers import DataCollatorForSeq2Seq, DataCollatorForTokenClassification, DataCollatorWithPadding
+
+from forvalue_callbacks import ForValueConfig, ForValueScorer
+from helpers.kinds import CLASSES, CLASSIFIERS, SEQ2SEQ, SEQUENCE, TOKEN, classifier, seq2seq
+from helpers.models import VOCAB
+from helpers.oracles import relative
+from helpers.tokenizers import build_tokenizer
+from helpers.trained import label_gradient
+
+KINDS = {**SEQ2SEQ, **CLASSIFIERS}
+# Where the model itself computes something in float32, a row beside others differs from the row alone.
+ROUNDED = ("t5", "t5 untied", "LlamaForSequenceClassification", "LlamaForTokenClassification")
+ROUNDED += ("Qwen2ForSequenceClassification", "Gemma2ForSequenceClassification")
+TOKENIZER = build_tokenizer()
+
+
+def build(kind, **options):
+    return seq2seq(kind, **options) if kind in SEQ2SEQ else classifier(kind, **options)
+
+
+def head_of(kind):
+    return f"{KINDS[kind][-1]}.weight"
+
+
+def build_rows(kind, n, seed):
+    """Rows as a data set has them: lengths of both sides differ, some labels are masked."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    rows = []
+    for _ in range(n):
+        ids = draw(3, VOCAB, int(draw(3, 12)))
+        row = {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)}
+        if kind == "whisper":
+            row = {"input_features": torch.randn(8, 20, generator=generator, dtype=torch.float64).tolist()}
+        if kind in SEQUENCE:
+            row["label"] = int(draw(0, CLASSES))
+        else:
+            labels = draw(0, CLASSES, len(ids)) if kind in TOKEN else draw(3, VOCAB, int(draw(2, 9)))
+            labels[1] = -100
+            row["labels"] = labels.tolist()
+        rows.append(row)
+    return rows
+
+
+def sounds(rows):
+    """What is written for Whisper: features of one length, labels padded."""
+    longest = max(len(row["labels"]) for row in rows)
+    labels = [row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows]
+    features = torch.tensor([row["input_features"] for row in rows], dtype=torch.float64)
+    return {"input_features": features, "labels": torch.tensor(labels)}
+
+
+def collator(kind):
+    if kind == "whisper":
+        return sounds
+    if kind in TOKEN:
+        return DataCollatorForTokenClassification(TOKENIZER)
+    return DataCollatorWithPadding(TOKENIZER) if kind in SEQUENCE else DataCollatorForSeq2Seq(TOKENIZER)
+
+
+def batch_of(row):
+    """The row alone as the model's own forward takes it; nothing of a collator."""
+    dtypes = {"input_features": torch.float64}
+    batch = {name: torch.tensor([value], dtype=dtypes.get(name)) for name, value in row.items()}
+    return {"labels" if name == "label" else name: value for name, value in batch.items()}
+
+
+def gradient(model, kind, row):
+    return label_gradient(model, head_of(kind), batch_of(row))
+
+
+def states(model, kind, row):
+    """What the head gets where there is a label, (T, D), caught on its way."""
+    batch, caught = batch_of(row), []
+    hook = model.get_submodule(KINDS[kind][-1]).register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    if kind in SEQUENCE:  # of each token, or of the row: the last one's counts, and no row is padded
+        return caught[0].view(1, -1, 32)[:, -1]
+    return caught[0][batch["labels"] != -100]
+
+
+def log_likelihood(model, kind, row, move=0.0):
+    """Of the row's labels with a moved head, by the model's own loss."""
+    batch, weight = batch_of(row), model.get_parameter(head_of(kind))
+    with torch.no_grad():
+        output = functional_call(model, {head_of(kind): weight + move}, kwargs=batch, tie_weights=False)
+    return -float(output.loss) * int((batch["labels"] != -100).sum())
+
+
+def make(model, kind, validation, **config):
+    return ForValueScorer(model, validation, ForValueConfig(**config), data_collator=collator(kind), progress=False)
+
+
+def sides(kind):
+    return build_rows(kind, 11, seed=1), build_rows(kind, 5, seed=2)
+
+
+def tolerance(kind):
+    return 1e-5 if kind in ROUNDED else 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_equal_autograd_through_the_models_own_loss(kind):
+    model, (rows, validation) = build(kind), sides(kind)
+    ours, clean = ([gradient(model, kind, row) for row in side] for side in (rows, validation))
+    pairs = np.array([[float((g * v).sum()) for v in clean] for g in ours])
+    alone, beside = (make(model, kind, validation, max_tokens_per_batch=n) for n in (1, None))
+    scores = alone.score(rows)
+    assert scores.reasons == [None] * len(rows)
+    assert relative(scores.values, pairs.mean(1)) < 1e-10
+    assert relative(scores.log_likelihood, [log_likelihood(model, kind, row) for row in rows]) < 1e-6
+    assert relative(alone.pairwise(rows), pairs) < 1e-10
+    assert relative(beside.score(rows).values, pairs.mean(1)) < tolerance(kind)
+    assert relative(beside.pairwise(rows), pairs) < tolerance(kind)
+    tokens = alone.token_scores(rows)
+    assert [len(values) for values in tokens] == scores.n_labelled.tolist()
+    assert relative([values.sum() for values in tokens], scores.values) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whitened_scores_are_those_of_the_inverse_second_moment_written_out(kind):
+    model, (rows, validation) = build(kind), sides(kind)
+    hidden = torch.cat([states(model, kind, row) for row in validation])
+    moment = hidden.T @ hidden / len(hidden)
+    metric = torch.linalg.inv(moment + 0.01 * moment.diagonal().mean() * torch.eye(32, dtype=moment.dtype))
+    direction = torch.stack([gradient(model, kind, row) for row in validation]).mean(0) @ metric
+    want = [float((direction * gradient(model, kind, row)).sum()) for row in rows]
+    found = make(model, kind, validation, method="whitened", max_tokens_per_batch=1)
+    assert relative(found.score(rows).values, want) < 1e-9
+    assert relative(found.pairwise(rows).mean(1), want) < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fitted_scores_are_the_losses_of_the_models_own_before_and_after_the_move(kind):
+    model, (rows, validation) = build(kind), sides(kind)
+    found = make(model, kind, validation * 3, method="fitted", max_tokens_per_batch=1)
+    scores, move = found.score(rows), found.direction()
+    assert move.any()
+    want = [log_likelihood(model, kind, row, move) - log_likelihood(model, kind, row) for row in rows]
+    assert relative(scores.values, want) < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_the_same_whatever_the_batch_size_and_the_row_order(kind):
+    model, (rows, validation) = build(kind), sides(kind)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(3)).tolist()
+    want = make(model, kind, validation, max_tokens_per_batch=1).score(rows).values
+    for n in (3, None):
+        found = make(model, kind, validation[::-1], max_tokens_per_batch=n).score([rows[i] for i in order]).values
+        assert relative(found, want[order]) < tolerance(kind)
