@@ -276,7 +276,7 @@ class Run:
             hidden = self.backbone.hidden_states(inputs)
             made = picked(rows, hidden, [segment.at for segment in segments])
             if prompts:
-                made.prompt_RD = prompt_means(hidden, segments, inputs.get("attention_mask"))
+                made.prompt_RD = prompt_means(hidden, segments, inputs.get(self.backbone.mask_name))
         return made
 
     def _after_prefixes(self, segments: Sequence[Segment], shared: Sequence[int]) -> Tensor:
