@@ -3,69 +3,19 @@
 import numpy as np
 import pytest
 import torch
+import xxhash
 from torch.func import functional_call
-from transformers import DataCollatorForSeq2Seq, DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
-from helpers.kinds import CLASSES, CLASSIFIERS, SEQ2SEQ, SEQUENCE, TOKEN, classifier, seq2seq
-from helpers.models import VOCAB
+from forvalue_callbacks.core.stats import auc
+from forvalue_callbacks.methods.label_fit import fit_labels
+from forvalue_callbacks.methods.label_model import LabelModel
+from helpers.kinds import KINDS, SEQUENCE, build, build_rows, collator, head_of
 from helpers.oracles import relative
-from helpers.tokenizers import build_tokenizer
 from helpers.trained import label_gradient
 
-KINDS = {**SEQ2SEQ, **CLASSIFIERS}
-for other in ("t5 untied", "Qwen2ForSequenceClassification", "Gemma2ForSequenceClassification"):
-    del KINDS[other]  # their heads are tested by themselves
 # Where the model itself computes something in float32, a row beside others differs from the row alone.
 ROUNDED = ("t5", "LlamaForSequenceClassification", "LlamaForTokenClassification")
-TOKENIZER = build_tokenizer()
-
-
-def build(kind, **options):
-    return seq2seq(kind, **options) if kind in SEQ2SEQ else classifier(kind, **options)
-
-
-def head_of(kind):
-    return f"{KINDS[kind][-1]}.weight"
-
-
-def build_rows(kind, n, seed):
-    """Rows as a data set has them: lengths of both sides differ, some labels are masked."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low, high, *shape):
-        return torch.randint(low, high, shape, generator=generator)
-
-    rows = []
-    for _ in range(n):
-        ids = draw(3, VOCAB, int(draw(3, 12)))
-        row = {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)}
-        if kind == "whisper":
-            row = {"input_features": torch.randn(8, 20, generator=generator, dtype=torch.float64).tolist()}
-        if kind in SEQUENCE:
-            row["label"] = int(draw(0, CLASSES))
-        else:
-            labels = draw(0, CLASSES, len(ids)) if kind in TOKEN else draw(3, VOCAB, int(draw(2, 9)))
-            labels[1] = -100
-            row["labels"] = labels.tolist()
-        rows.append(row)
-    return rows
-
-
-def sounds(rows):
-    """What is written for Whisper: features of one length, labels padded."""
-    longest = max(len(row["labels"]) for row in rows)
-    labels = [row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows]
-    features = torch.tensor([row["input_features"] for row in rows], dtype=torch.float64)
-    return {"input_features": features, "labels": torch.tensor(labels)}
-
-
-def collator(kind):
-    if kind == "whisper":
-        return sounds
-    if kind in TOKEN:
-        return DataCollatorForTokenClassification(TOKENIZER)
-    return DataCollatorWithPadding(TOKENIZER) if kind in SEQUENCE else DataCollatorForSeq2Seq(TOKENIZER)
 
 
 def batch_of(row):
@@ -163,3 +113,54 @@ def test_scores_are_the_same_whatever_the_batch_size_and_the_row_order(kind):
     for n in (3, None):
         found = make(model, kind, validation[::-1], max_tokens_per_batch=n).score([rows[i] for i in order]).values
         assert relative(found, want[order]) < tolerance(kind)
+
+
+def repeated(model, kind, n, seed):
+    """Rows whose label is the likeliest of three to the model, but for every fifth."""
+    rows, rng = build_rows(kind, n, seed), np.random.default_rng(seed)
+    first = 10 if kind == "bart" else 0
+    head = model.get_parameter(head_of(kind)).detach()[first : first + 3]
+    for i, row in enumerate(rows):
+        if kind == "bart":
+            row["labels"] = [first]
+        best = int((states(model, kind, row)[0] @ head.T).argmax()) + (i % 5 == 0) * int(rng.integers(1, 3))
+        row.update({"labels": [first + best % 3]} if kind == "bart" else {"label": best % 3})
+    return rows, np.arange(n) % 5 == 0
+
+
+LABEL_MODELS = ["bart", "BertForSequenceClassification", "LlamaForSequenceClassification"]
+
+
+@pytest.mark.parametrize("kind", LABEL_MODELS)
+@pytest.mark.parametrize("method", ["label_model", "auto"])
+def test_where_labels_repeat_the_label_model_judges_them_by_the_states_that_the_head_gets(kind, method):
+    model = build(kind)
+    (rows, wrong), (validation, _) = repeated(model, kind, 60, 1), repeated(model, kind, 75, 2)
+    validation = [row for i, row in enumerate(validation) if i % 5]
+    scores = make(model, kind, validation, method=method).score(rows)
+
+    def features(side):  # the first position is all that comes before the label
+        hidden = torch.cat([states(model, kind, row) for row in side])
+        return torch.cat([hidden, hidden], 1).float()
+
+    def labels(side):
+        hashes = [xxhash.xxh3_64_intdigest(batch_of(row)["labels"][0].numpy().tobytes()) for row in side]
+        return np.array(hashes, dtype=np.uint64).view(np.int64)
+
+    fit = fit_labels(features(validation), labels(validation), features(rows), labels(rows))
+    assert relative(scores.values, fit.log_odds) < 1e-4
+    assert auc(scores.values[~wrong], scores.values[wrong]) > 0.75
+    assert scores.noise is not None
+
+
+def test_the_mean_state_before_the_first_label_is_not_masked_by_the_encoders_mask():
+    """Where both sides are alike in length only the names tell their masks apart."""
+    model = build("bart")
+    row = {"input_ids": [5, 6, 7, 8], "attention_mask": [1, 0, 0, 1], "labels": [-100, -100, 10, 11]}
+    run = make(model, "bart", [row]).run
+    with torch.no_grad():
+        (found,) = run.positions(list(run.reader.samples([row])), LabelModel())
+        caught = []
+        model.lm_head.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+        model(**batch_of(row))
+    torch.testing.assert_close(found.prompt_RD[0], caught[0][0, :3].mean(0), rtol=1e-10, atol=1e-12)

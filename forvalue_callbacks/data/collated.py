@@ -208,14 +208,15 @@ class OneByOne:
         """What is wrong with a row on which the collator fails."""
         if not isinstance(example, Mapping):
             return f"the row is a {type(example).__name__}: make it a mapping from columns to values"
-        if example.get(self.main) is None and only_pads(self.collator):
-            return self._nothing_to_read(example)
+        failed = f"the data_collator fails: {place_of(error)}"
+        if example.get(self.main) is None:
+            return f"{self._nothing_to_read(example)} ({failed})"
         labels = [name for name in ("labels", "label", "label_ids") if name in example]
         for name in labels:
             if example[name] is None or isinstance(example[name], str):
                 kind = "nothing" if example[name] is None else "text"
                 return f"{kind} in {name!r}: give labels as numbers (of classes as in the model's config.label2id)"
-        return f"the data_collator fails: {place_of(error)}"
+        return failed
 
     def _nothing_to_read(self, example: Any) -> str:
         found = f" ({columns_of(example)})" if isinstance(example, Mapping) else ""

@@ -2,8 +2,10 @@
 
 import torch
 import transformers
+from transformers import DataCollatorForSeq2Seq, DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from helpers.models import VOCAB
+from helpers.tokenizers import build_tokenizer
 
 CLASSES = 5
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -79,3 +81,58 @@ def classifier(name, dtype=torch.float64, settings=None, **changes):
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     return model
+
+
+# ---- all of them alike ----
+
+KINDS = {**SEQ2SEQ, **CLASSIFIERS}
+for other in ("t5 untied", "Qwen2ForSequenceClassification", "Gemma2ForSequenceClassification"):
+    del KINDS[other]  # their heads are tested by themselves
+TOKENIZER = build_tokenizer()  # for padding
+
+
+def build(kind, **options):
+    return seq2seq(kind, **options) if kind in SEQ2SEQ else classifier(kind, **options)
+
+
+def head_of(kind):
+    return f"{KINDS[kind][-1]}.weight"
+
+
+def build_rows(kind, n, seed):
+    """Rows as a data set has them: lengths of both sides differ, some labels are masked."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    rows = []
+    for _ in range(n):
+        ids = draw(3, VOCAB, int(draw(3, 12)))
+        row = {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)}
+        if kind == "whisper":
+            row = {"input_features": torch.randn(8, 20, generator=generator, dtype=torch.float64).tolist()}
+        if kind in SEQUENCE:
+            row["label"] = int(draw(0, CLASSES))
+        else:
+            labels = draw(0, CLASSES, len(ids)) if kind in TOKEN else draw(3, VOCAB, int(draw(2, 9)))
+            labels[1] = -100
+            row["labels"] = labels.tolist()
+        rows.append(row)
+    return rows
+
+
+def sounds(rows):
+    """What is written for Whisper: features of one length, labels padded."""
+    longest = max(len(row["labels"]) for row in rows)
+    labels = [row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows]
+    features = torch.tensor([row["input_features"] for row in rows], dtype=torch.float64)
+    return {"input_features": features, "labels": torch.tensor(labels)}
+
+
+def collator(kind):
+    if kind == "whisper":
+        return sounds
+    if kind in TOKEN:
+        return DataCollatorForTokenClassification(TOKENIZER)
+    return DataCollatorWithPadding(TOKENIZER) if kind in SEQUENCE else DataCollatorForSeq2Seq(TOKENIZER)
