@@ -224,7 +224,8 @@ class ForValueScorer:
             "token classification": partial(token_segment, n_classes=n),
         }
         columns = {*signature(type(backbone.causal).forward).parameters, "label", "label_ids"}
-        return OneByOne(data_collator, segments[backbone.kind], columns, backbone.max_positions)
+        main, most = backbone.causal.main_input_name, backbone.most_tokens()
+        return OneByOne(data_collator, segments[backbone.kind], columns, main, most, backbone.n_tokens)
 
     @contextmanager
     def _at_work(self, dataset: Iterable[Any], plan: Plan) -> Iterator[None]:

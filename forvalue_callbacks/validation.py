@@ -67,7 +67,8 @@ class ValidationSide:
                     )
                 if len(bad) == len(rows):
                     given = "; ".join(bad[:3]) or "none given"
-                    raise ValueError(f"no validation row can be scored ({len(rows)} rows; {given}).")
+                    name = self.run.backbone.name
+                    raise ValueError(f"no validation row can be scored by {name} ({len(rows)} rows; {given}).")
                 refuse_other_rows(work.exchange([(row.digest, row.reason) for row in rows]), 0, "validation ")
             self._samples, self.n_rows = [row for row in rows if row.reason is None], len(rows)
         return self._samples

@@ -10,50 +10,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from forvalue_callbacks.data.classification import sequence_segment, token_segment
 from forvalue_callbacks.data.reasons import UnscorableError
 from forvalue_callbacks.model.backbone import Backbone
+from helpers.kinds import CLASSES, CLASSIFIERS, GPT2, TEXT, TOKEN, classifier
 from helpers.models import VOCAB
 from helpers.oracles import relative
 from helpers.trained import label_gradient, segment_gradients
-
-CLASSES = 5
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "eos_token_id": 2}
-DISTIL = {"vocab_size": VOCAB, "dim": 32, "hidden_dim": 48, "n_layers": 1, "n_heads": 4}
-DISTIL |= {"max_position_embeddings": 64}
-SEQUENCE = {  # name of the model -> settings of its config, name of the last linear map
-    "BertForSequenceClassification": (TEXT, "classifier"),
-    "DistilBertForSequenceClassification": (DISTIL, "classifier"),
-    "RobertaForSequenceClassification": (TEXT, "classifier.out_proj"),
-    "LlamaForSequenceClassification": (TEXT, "score"),
-    "Qwen2ForSequenceClassification": ({**TEXT, "num_key_value_heads": 2}, "score"),
-    "GPT2ForSequenceClassification": ({**GPT2, "pad_token_id": 0}, "score"),
-    "Gemma2ForSequenceClassification": ({**TEXT, "head_dim": 8, "num_key_value_heads": 2}, "score"),
-}
-TOKEN = {
-    "BertForTokenClassification": (TEXT, "classifier"),
-    "LlamaForTokenClassification": (TEXT, "score"),
-}
-FAMILIES = {**SEQUENCE, **TOKEN}
-
-
-def build(name, dtype=torch.float64, settings=None, **changes):
-    model = getattr(transformers, name)
-    torch.manual_seed(0)
-    config = model.config_class(**{**(settings or FAMILIES[name][0]), "num_labels": CLASSES, **changes})
-    model = model(config).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
 
 
 def build_batches(name, n=4):
@@ -102,9 +62,9 @@ def is_autograd(model, name, parameter):
     return backbone
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_gradients_are_those_of_the_loss_that_the_model_is_trained_by(name):
-    backbone = is_autograd(build(name), name, f"{FAMILIES[name][1]}.weight")
+    backbone = is_autograd(classifier(name), name, f"{CLASSIFIERS[name][1]}.weight")
     assert backbone.kind == ("token classification" if name in TOKEN else "sequence classification")
     assert backbone.head().weight.shape == (CLASSES, 32)
     assert (backbone.head().scale, backbone.head().softcap) == (1.0, None)
@@ -112,13 +72,13 @@ def test_gradients_are_those_of_the_loss_that_the_model_is_trained_by(name):
 
 @pytest.mark.parametrize("name", ["DistilBertForSequenceClassification", "RobertaForSequenceClassification"])
 def test_the_head_is_the_last_map_where_others_have_as_many_outputs(name):
-    backbone = is_autograd(build(name, num_labels=32), name, f"{FAMILIES[name][1]}.weight")
+    backbone = is_autograd(classifier(name, num_labels=32), name, f"{CLASSIFIERS[name][1]}.weight")
     assert backbone.head().weight.shape == (32, 32)
 
 
 def test_a_classifier_without_a_padding_token_takes_the_last_token_of_each_row():
     name = "GPT2ForSequenceClassification"
-    is_autograd(build(name, settings=GPT2), name, "score.weight")
+    is_autograd(classifier(name, settings=GPT2), name, "score.weight")
 
 
 @pytest.mark.parametrize(
@@ -133,8 +93,8 @@ def test_a_classifier_without_a_padding_token_takes_the_last_token_of_each_row()
 def test_a_head_that_is_trained_beside_an_adapter_is_the_copy_that_runs(name, targets, parameter):
     kind = "TOKEN_CLS" if name in TOKEN else "SEQ_CLS"
     lora = peft.LoraConfig(task_type=kind, r=4, target_modules=targets, init_lora_weights=False)
-    plain = build(name)
-    before = plain.get_parameter(f"{FAMILIES[name][1]}.weight").detach().clone()
+    plain = classifier(name)
+    before = plain.get_parameter(f"{CLASSIFIERS[name][1]}.weight").detach().clone()
     model = peft.get_peft_model(plain, lora).double().eval()
     parameter = f"base_model.model.{parameter}"
     with torch.no_grad():
@@ -148,23 +108,23 @@ def test_a_head_that_is_trained_beside_an_adapter_is_the_copy_that_runs(name, ta
 def test_an_adapter_on_the_head_is_part_of_it():
     name = "LlamaForSequenceClassification"
     lora = peft.LoraConfig(r=4, target_modules=["score"], init_lora_weights=False)
-    plain = build(name)
+    plain = classifier(name)
     model = peft.get_peft_model(plain, lora).double().eval()
     backbone, segment = Backbone(model), segments_of(name, build_batches(name))[2]
     backbone.check(segment.inputs)
     with torch.no_grad():
         own, hidden = model(**segment.inputs).logits, backbone.hidden_states(segment.inputs)
     assert torch.allclose(backbone.head().logits(hidden[0]), own, rtol=0, atol=1e-12)
-    assert not torch.allclose(backbone.head().weight, build(name).score.weight)
+    assert not torch.allclose(backbone.head().weight, classifier(name).score.weight)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_check_holds_in_any_precision_and_for_two_classes(name, dtype, seed):
-    model = build(name, dtype, num_labels=2)
+    model = classifier(name, dtype, num_labels=2)
     with torch.no_grad():
-        model.get_parameter(f"{FAMILIES[name][1]}.weight").normal_(generator=torch.Generator().manual_seed(seed))
+        model.get_parameter(f"{CLASSIFIERS[name][1]}.weight").normal_(generator=torch.Generator().manual_seed(seed))
     backbone = Backbone(model)
     backbone.check(segments_of(name, build_batches(name))[2].inputs)
     assert backbone.head().vocab_size == 2
@@ -176,7 +136,7 @@ def test_the_check_holds_under_autocast(name):
 
 
 def test_a_cap_that_a_classifier_does_not_apply_is_not_seen_in_an_overflow_of_half_precision():
-    model = build("Gemma2ForSequenceClassification", torch.float16)
+    model = classifier("Gemma2ForSequenceClassification", torch.float16)
     with torch.no_grad():  # logits far smaller than the inputs of the head
         model.score.weight.normal_(std=0.01)
         model.model.norm.weight.fill_(2.0)
@@ -235,15 +195,15 @@ def test_what_does_not_choose_a_class_by_one_linear_map_is_refused_by_name(model
 
 
 def test_places_before_the_first_token_are_not_counted_among_those_a_model_takes():
-    limit = Backbone(build("RobertaForSequenceClassification", torch.float32)).max_positions
+    limit = Backbone(classifier("RobertaForSequenceClassification", torch.float32)).max_positions
     assert limit == 63
-    model = build("RobertaForSequenceClassification", torch.float32)
+    model = classifier("RobertaForSequenceClassification", torch.float32)
     with torch.no_grad():
         assert Backbone(model).hidden_states({"input_ids": torch.full((1, 63), 5)}).isfinite().all()
         with pytest.raises((IndexError, RuntimeError)):
             Backbone(model).hidden_states({"input_ids": torch.full((1, 64), 5)})
-    assert Backbone(build("BertForSequenceClassification", torch.float32)).max_positions == 64
-    assert Backbone(build("LlamaForSequenceClassification", torch.float32)).max_positions is None
+    assert Backbone(classifier("BertForSequenceClassification", torch.float32)).max_positions == 64
+    assert Backbone(classifier("LlamaForSequenceClassification", torch.float32)).max_positions is None
 
 
 def test_a_class_is_one_position_of_a_row_and_is_read_in_either_spelling():

@@ -11,46 +11,10 @@ from transformers import DataCollatorForSeq2Seq
 from forvalue_callbacks.data.reasons import UnscorableError
 from forvalue_callbacks.data.seq2seq import decoder_segment, shifted_right
 from forvalue_callbacks.model.backbone import Backbone
+from helpers.kinds import SEQ2SEQ, SIDES, seq2seq
 from helpers.models import VOCAB
 from helpers.oracles import relative
 from helpers.trained import label_gradient, segment_gradients
-
-TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIDES = {
-    **TOKENS,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "decoder_start_token_id": 2,
-}
-T5 = {**TOKENS, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
-FAMILIES = {  # name of the model, settings of its config, name of its head
-    "t5": ("T5ForConditionalGeneration", {**T5, "tie_word_embeddings": True}, "lm_head"),
-    "t5 untied": ("T5ForConditionalGeneration", {**T5, "tie_word_embeddings": False}, "lm_head"),
-    "bart": ("BartForConditionalGeneration", {**SIDES, "max_position_embeddings": 64}, "lm_head"),
-    "mbart": ("MBartForConditionalGeneration", {**SIDES, "max_position_embeddings": 64}, "lm_head"),
-    "whisper": (
-        "WhisperForConditionalGeneration",
-        {**SIDES, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 24},
-        "proj_out",
-    ),
-}
-
-
-def build(family, dtype=torch.float64):
-    name, settings, _ = FAMILIES[family]
-    model = getattr(transformers, name)
-    torch.manual_seed(0)
-    model = model(model.config_class(**settings)).to(dtype).eval()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.normal_(std=0.5)
-        if hasattr(model, "final_logits_bias"):
-            model.final_logits_bias.normal_(std=0.5)
-    return model
 
 
 def build_batches(family, n=3, dtype=torch.float64):
@@ -90,31 +54,31 @@ def is_autograd(model, family, prefix=""):
     assert backbone.kind == "seq2seq"
     segments = segments_of(backbone, batches)
     backbone.check(segments[0].inputs, batches[0]["labels"].clamp(min=-1))
-    expected = [label_gradient(model, f"{prefix}{FAMILIES[family][2]}.weight", batch) for batch in batches]
+    expected = [label_gradient(model, f"{prefix}{SEQ2SEQ[family][2]}.weight", batch) for batch in batches]
     for batch in (None, padded(segments)):
         for found, wanted in zip(segment_gradients(backbone, segments, batch), expected, strict=True):
             assert relative(found, wanted) < 1e-10
     return backbone
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SEQ2SEQ)
 def test_gradients_are_those_of_the_loss_that_the_model_is_trained_by(family):
-    is_autograd(build(family), family)
+    is_autograd(seq2seq(family), family)
 
 
 def test_an_adapter_in_an_encoder_decoder_is_part_of_it():
     lora = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, target_modules=["q", "v"], init_lora_weights=False)
     torch.manual_seed(0)
-    model = peft.get_peft_model(build("t5"), lora).double().eval()
+    model = peft.get_peft_model(seq2seq("t5"), lora).double().eval()
     with_adapter = is_autograd(model, "t5", "base_model.model.")
     inputs = segments_of(with_adapter, build_batches("t5"))[0].inputs
     with torch.no_grad():
-        without = Backbone(build("t5")).hidden_states(inputs)
+        without = Backbone(seq2seq("t5")).hidden_states(inputs)
         assert not torch.allclose(with_adapter.hidden_states(inputs), without)
 
 
 def test_a_bias_that_is_a_buffer_of_the_model_is_seen_and_must_be():
-    model = build("bart")
+    model = seq2seq("bart")
     backbone = Backbone(model)
     inputs = segments_of(backbone, build_batches("bart"))[0].inputs
     assert torch.equal(backbone.head().bias, model.final_logits_bias[0])
@@ -129,9 +93,9 @@ def test_a_bias_that_is_a_buffer_of_the_model_is_seen_and_must_be():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SEQ2SEQ)
 def test_the_check_holds_in_any_precision(family, dtype):
-    model = build(family, dtype)
+    model = seq2seq(family, dtype)
     backbone = Backbone(model)
     backbone.check(segments_of(backbone, build_batches(family, dtype=dtype))[1].inputs)
     assert (backbone.head().scale, backbone.head().softcap) == (1.0, None)
@@ -160,11 +124,11 @@ def test_a_decoder_that_reads_later_tokens_is_refused_and_an_encoder_may():
     for predicted in (None, batch["labels"].clamp(min=-1)):
         with pytest.raises(ValueError, match="Peeking reads later tokens"):
             backbone.check(inputs, predicted)
-        Backbone(build("bart")).check(inputs, predicted)
+        Backbone(seq2seq("bart")).check(inputs, predicted)
 
 
 def test_only_the_tables_of_the_decoder_limit_its_length():
-    limits = {family: Backbone(build(family, torch.float32)).max_positions for family in FAMILIES}
+    limits = {family: Backbone(seq2seq(family, torch.float32)).max_positions for family in SEQ2SEQ}
     assert limits == {"t5": None, "t5 untied": None, "bart": 64, "mbart": 64, "whisper": 24}
 
 
@@ -179,7 +143,7 @@ class Tokenizer:
 
 @pytest.mark.parametrize("family", ["t5", "bart", "mbart"])
 def test_decoder_inputs_are_the_same_whether_the_collator_makes_them_or_the_model(family):
-    model = build(family)
+    model = seq2seq(family)
     row = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [8, 9, 10, 11]}
     segments = []
     for maker in (model, None):
@@ -201,7 +165,7 @@ def test_labels_move_by_one_place_and_masked_ones_are_padding():
 
 
 def test_a_model_that_does_not_say_what_its_decoder_reads_is_refused_by_name():
-    model = build("whisper")
+    model = seq2seq("whisper")
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match="WhisperForConditionalGeneration: set decoder_start_token_id"):
         Backbone(model).decoder_inputs(torch.tensor([[7, 8]]))
@@ -209,7 +173,7 @@ def test_a_model_that_does_not_say_what_its_decoder_reads_is_refused_by_name():
 
 def test_a_batch_without_decoder_inputs_is_refused_before_the_model_makes_its_own():
     with pytest.raises(ValueError, match=r"BartForConditionalGeneration is an encoder-decoder.*decoder_input_ids"):
-        Backbone(build("bart")).hidden_states({"input_ids": torch.tensor([[3, 4, 5]])})
+        Backbone(seq2seq("bart")).hidden_states({"input_ids": torch.tensor([[3, 4, 5]])})
 
 
 @pytest.mark.parametrize(

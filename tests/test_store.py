@@ -1,4 +1,4 @@
-"""What a scorer and a trainer keep on disk while they work: killed, begun with something else, on a disk that is full."""
+"""What a scorer and a trainer keep on disk: killed, begun with something else, on a disk that is full."""
 
 import json
 import os

@@ -16,7 +16,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from .reading import OwnRandomness, copied
 from .reasons import UnscorableError, place_of
 from .sample import IGNORED, Segment
-from .sft import TOKEN_COLUMNS, Row, RowPreparer, has_images, refuse_packed
+from .sft import TOKEN_COLUMNS, Row, RowPreparer, columns_of, has_images, refuse_packed
 
 # What a collator may be given, of a row of tokens, where it stumbles over other columns (a trainer removes those of
 # its training rows, and the validation rows have them still).
@@ -147,7 +147,9 @@ class OneByOne:
         collator: the trainer's; None: rows are tokenised, and become tensors as they are.
         segment: makes the segment of a batch of one.
         columns: what the collator is given of a row: a trainer removes all else.
-        max_positions: how many tokens the model takes.
+        main: the input without which the model has nothing to read ("input_ids", "input_features").
+        most: how many tokens the model takes, by the input's name; None: any number.
+        n_tokens: how many different ones it knows.
     """
 
     def __init__(
@@ -155,10 +157,12 @@ class OneByOne:
         collator: Callable[[list[Any]], Mapping[str, Any]] | None,
         segment: Callable[[Mapping[str, Any]], Segment],
         columns: Collection[str],
-        max_positions: int | None,
+        main: str,
+        most: Mapping[str, int | None],
+        n_tokens: int,
     ):
         self.collator, self.segment = inner(collator) or default_data_collator, segment
-        self.columns, self.max_positions = columns, max_positions
+        self.columns, self.main, self.most, self.n_tokens = columns, main, most, n_tokens
         self._random_numbers = OwnRandomness()
 
     def read(self, example: Any) -> Segment:
@@ -167,26 +171,77 @@ class OneByOne:
         Raises:
             UnscorableError: it cannot be scored.
         """
-        given = example
-        if isinstance(example, Mapping):
-            given = {name: value for name, value in example.items() if name in self.columns}
-        try:
-            with self._random_numbers:
-                batch = self.collator([copied(given)])
-        except Exception as error:  # whatever a user's collator finds wrong with a row is the row's reason
-            raise UnscorableError(f"the data_collator fails: {place_of(error)}") from error
+        batch = self._collated(example)
         if not isinstance(batch, Mapping):
             raise UnscorableError(f"the data_collator gives a {type(batch).__name__}, not a mapping of model inputs")
+        if batch.get(self.main) is None and batch.get("inputs_embeds") is None:
+            raise UnscorableError(self._nothing_to_read(example))
         segment = self.segment(batch)
         inputs = dict(segment.load())
-        for name in ("input_ids", "decoder_input_ids"):
-            ids = inputs.get(name)
-            if isinstance(ids, Tensor) and self.max_positions is not None and ids.shape[1] > self.max_positions:
-                n, most = ids.shape[1], self.max_positions
-                raise UnscorableError(f"{n:,} tokens in {name!r}, but the model takes {most:,}: truncate the row")
+        for name, most in self.most.items():
+            if isinstance(ids := inputs.get(name), Tensor):
+                self._refuse_tokens(name, ids, most)
         if "input_ids" in inputs:  # beside longer rows it must be known what is padding
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+            for name in ("attention_mask", "token_type_ids"):
+                _refuse_other_shape(name, inputs.get(name), inputs["input_ids"])
         return replace(segment, inputs=inputs, n_prompt=max(1, int(segment.at[0])))
+
+    def _collated(self, example: Any) -> Any:
+        """What the collator makes of the columns that a trainer leaves it, or of all of them: it may read text."""
+        given = [example]
+        if isinstance(example, Mapping):
+            given.insert(0, {name: value for name, value in example.items() if name in self.columns})
+            if only_pads(self.collator) or len(given[0]) == len(example):
+                del given[1]
+        failed: Exception | None = None
+        for row in given:
+            try:
+                with self._random_numbers:
+                    return self.collator([copied(row)])
+            except Exception as error:  # whatever a user's collator finds wrong with a row is the row's reason
+                failed = failed or error
+        assert failed is not None
+        raise UnscorableError(self._why(example, failed)) from failed
+
+    def _why(self, example: Any, error: Exception) -> str:
+        """What is wrong with a row on which the collator fails."""
+        if not isinstance(example, Mapping):
+            return f"the row is a {type(example).__name__}: make it a mapping from columns to values"
+        failed = f"the data_collator fails: {place_of(error)}"
+        if example.get(self.main) is None:
+            return f"{self._nothing_to_read(example)} ({failed})"
+        labels = [name for name in ("labels", "label", "label_ids") if name in example]
+        for name in labels:
+            if example[name] is None or isinstance(example[name], str):
+                kind = "nothing" if example[name] is None else "text"
+                return f"{kind} in {name!r}: give labels as numbers (of classes as in the model's config.label2id)"
+        return failed
+
+    def _nothing_to_read(self, example: Any) -> str:
+        found = f" ({columns_of(example)})" if isinstance(example, Mapping) else ""
+        return f"no {self.main!r}{found}: prepare the row as the training rows are, or have the data_collator do it"
+
+    def _refuse_tokens(self, name: str, ids: Tensor, most: int | None) -> None:
+        if ids.ndim != 2 or len(ids) != 1 or not ids.numel() or ids.is_floating_point():
+            raise UnscorableError(
+                f"{name!r} of shape {tuple(ids.shape)} and {ids.dtype} of one row: it must be token ids, (1, tokens)"
+            )
+        if most is not None and ids.shape[1] > most:
+            n = ids.shape[1]
+            raise UnscorableError(f"{n:,} tokens in {name!r}, but the model takes {most:,}: truncate the row")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.n_tokens:
+            wrong = low if low < 0 else high
+            raise UnscorableError(f"token {wrong} in {name!r}, but the model knows 0 to {self.n_tokens - 1}")
+
+
+def _refuse_other_shape(name: str, value: Any, ids: Tensor) -> None:
+    if isinstance(value, Tensor) and value.ndim <= 2 and value.shape != ids.shape:
+        raise UnscorableError(
+            f"{name!r} of shape {tuple(value.shape)} beside 'input_ids' of shape {tuple(ids.shape)}: both must be "
+            "(1, tokens)"
+        )
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,13 +42,16 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor:
     """
     values = batch.get("labels", batch.get("label"))
     if values is None:
-        raise UnscorableError("the data_collator gives no 'labels'")
+        raise UnscorableError("no 'labels' (nor 'label') after the data_collator: give the row what it is to predict")
     try:
         labels = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UnscorableError("the data_collator gives 'labels' that are no tensor") from error
+        raise UnscorableError("'labels' that are no tensor after the data_collator: give them as integers") from error
     if labels.is_floating_point():
-        raise UnscorableError("'labels' of floating-point numbers: For-Value scores labels that are one of several")
+        raise UnscorableError(
+            "'labels' of floating-point numbers (regression, or several labels a row): For-Value scores labels that "
+            "are one of several, as integers"
+        )
     return labels
 
 

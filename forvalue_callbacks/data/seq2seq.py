@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .labels import in_place, labels_of, without_labels
-from .reasons import UnscorableError
+from .reasons import SetUpError, UnscorableError
 from .sample import IGNORED, Segment
 
 
@@ -39,6 +39,7 @@ def decoder_segment(batch: Mapping[str, Any], decoder_inputs: Callable[[Tensor],
             f"the data_collator makes 'labels' of shape {tuple(labels.shape)} of one row: it must be (1, tokens)"
         )
     at, target = in_place(labels[0], vocab_size)
+    _refuse_causal(inputs.get("input_ids"), labels)
     if "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = decoder_inputs(labels.long())
     shape = tuple(torch.as_tensor(inputs["decoder_input_ids"]).shape)
@@ -48,3 +49,15 @@ def decoder_segment(batch: Mapping[str, Any], decoder_inputs: Callable[[Tensor],
             f"{tuple(labels.shape)} of one row: each position of the decoder predicts the label at its place"
         )
     return Segment(inputs, at, target)
+
+
+def _refuse_causal(ids: Any, labels: Tensor) -> None:
+    """Labels that begin with a masked prompt and go on as the inputs do, place by place, are not an encoder-decoder's:
+    its encoder would read the answer."""
+    if not isinstance(ids, Tensor) or ids.shape != labels.shape or labels[0, 0] != IGNORED:
+        return
+    if ((labels == IGNORED) | (labels == ids)).all():
+        raise SetUpError(
+            "'labels' are those of a causal language model (a masked prompt, then the same tokens as in 'input_ids'), "
+            "and the encoder would read the answer: give the prompt in 'input_ids' and the answer in 'labels'"
+        )

@@ -169,7 +169,8 @@ class RowPreparer:
 
     def _prepare(self, example: Mapping[str, Any]) -> Row:
         if has_images(example):
-            raise SetUpError(f"rows with images ({_found(example)}) need their own preparation: pass a data_collator")
+            found = columns_of(example)
+            raise SetUpError(f"rows with images ({found}) need their own preparation: pass a data_collator")
         if "input_ids" not in example:
             tokens, source = self._tokenise(example)
             ids, labels, _ = self._labelled(example, {**example, **tokens})
@@ -217,7 +218,7 @@ class RowPreparer:
         if self.config.assistant_only_loss and columns in ([], ["completion_mask"]):
             raise SetUpError(
                 "assistant_only_loss=True needs conversations, or 'labels' or 'assistant_masks' with 'input_ids' "
-                f"({_found(example)})"
+                f"({columns_of(example)})"
             )
         if "completion_mask" in example and columns in ([], ["assistant_masks"]) and not self._warned:
             self._warned = True
@@ -268,7 +269,7 @@ class RowPreparer:
         columns = self._raw_columns(example)
         source = _names(columns)
         if self.processing_class is None:
-            raise SetUpError(f"raw rows ({_found(example)}) need a tokenizer: pass processing_class")
+            raise SetUpError(f"raw rows ({columns_of(example)}) need a tokenizer: pass processing_class")
         for column in columns:
             value, chat_only = example[column], column in ("messages", "conversations")
             if not isinstance(value, list if chat_only else (str, list)):
@@ -317,7 +318,7 @@ class RowPreparer:
                 if column in example:
                     return [column]
         raise SetUpError(
-            f"no known column ({_found(example)}): give 'input_ids' (with 'labels', 'completion_mask' or "
+            f"no known column ({columns_of(example)}): give 'input_ids' (with 'labels', 'completion_mask' or "
             "'assistant_masks'), 'prompt' with 'completion', 'messages', 'conversations', or text in the column that "
             f"dataset_text_field names (now {self.config.dataset_text_field!r})"
         )
@@ -397,7 +398,7 @@ def refuse_packed(example: Mapping[str, Any]) -> None:
         if (np.diff(positions) <= 0).any():
             why = "'position_ids' restart"
     if why is not None:
-        raise ValueError(f"packed rows ({why}; {_found(example)}): score before packing.")
+        raise ValueError(f"packed rows ({why}; {columns_of(example)}): score before packing.")
 
 
 def _numbers(value: Any) -> np.ndarray | None:
@@ -426,6 +427,6 @@ def _names(columns: Sequence[str]) -> str:
     return " and ".join(map(repr, columns))
 
 
-def _found(example: Mapping[str, Any]) -> str:
+def columns_of(example: Mapping[str, Any]) -> str:
     names = [repr(column) for column in example]
     return f"columns found: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"

@@ -53,7 +53,10 @@ class Auto(Method):
     bos = 0
 
     def chosen(self, validation: Sequence[Sample]) -> Method:
-        return LabelModel() if share_repeated(validation) >= REPEATED else self
+        if share_repeated(validation) >= REPEATED:
+            return LabelModel()
+        _refuse_unless_judged_by_tokens(validation)
+        return self
 
     def segments(self, sample: Sample, part: int) -> Sequence[Segment]:
         return sample.segments if part == 0 else tuple(answer_alone(s, self.bos) for s in sample.segments)
@@ -70,7 +73,6 @@ class Auto(Method):
         return Plan(passes, probe=0 if fitted else len(HALVES), what=what)
 
     def fit(self, run: Run, validation: Sequence[Sample]) -> State:
-        validation = _judged_by_tokens(validation)
         self.bos = run.backbone.bos
         head, rng = run.backbone.head(), np.random.default_rng(0)
         places = [np.arange(h, len(validation), 2) for h in (0, 1)]
@@ -138,19 +140,19 @@ class Auto(Method):
         return log_odds(log_p, share), NoiseEstimate(float(1 - share[0]), evidence, len(clean["row"]), by_kind)
 
 
-def _judged_by_tokens(validation: Sequence[Sample]) -> Sequence[Sample]:
-    """The rows, if something can corrupt them and there are enough."""
+def _refuse_unless_judged_by_tokens(validation: Sequence[Sample]) -> None:
+    """Raises ValueError unless something can corrupt the rows and there are enough."""
     if any(segment.tokens is None for sample in validation for segment in sample.segments):
         raise ValueError(
             "method='auto' needs rows of token ids, or answers that repeat: nothing can corrupt answers in "
-            "rows that a collator makes batches of."
+            "rows that a collator makes batches of (images, rows of encoder-decoders and of classifiers). Use "
+            "method='whitened' or 'fitted', and drop a fraction of the rows, as Drop(0.2)."
         )
     if len(validation) < MIN_ROWS:
         raise ValueError(
             f"method='auto' learns from the validation rows and has {len(validation)}: give at least {MIN_ROWS} "
             "(a few hundred are better), or choose another method."
         )
-    return validation
 
 
 def _tokens(sample: Sample) -> np.ndarray:

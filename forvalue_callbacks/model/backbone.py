@@ -83,19 +83,35 @@ class Backbone:
     @property
     def max_positions(self) -> int | None:
         """Largest number of tokens that the model (the decoder, where there are two) can take, None where there is no
-        such number.
+        such number."""
+        return self.most_tokens()[self.ids_name]
+
+    def most_tokens(self) -> dict[str, int | None]:
+        """Largest number of tokens in each input that has such, by its name.
 
         Rotary positions are computed for rows of any length, learned ones lie in a table.
         """
         config = self.causal.config.get_text_config()
         rotary = ("rope_parameters", "rope_scaling", "rope_theta")
-        if any(getattr(config, name, None) is not None for name in rotary):
-            return None
-        names = ["max_position_embeddings"]
+        learned = all(getattr(config, name, None) is None for name in rotary)
+        tables = {"input_ids": ["max_position_embeddings"]}
         if self.kind == "seq2seq":
-            names = ["max_target_positions", "max_decoder_position_embeddings", *names]
-        sizes = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
-        return sizes[0] - self._positions_skipped if sizes else None
+            tables["input_ids"].insert(0, "max_encoder_position_embeddings")
+            tables[self.ids_name] = [
+                "max_target_positions",
+                "max_decoder_position_embeddings",
+                "max_position_embeddings",
+            ]
+        most: dict[str, int | None] = {}
+        for ids, names in tables.items():
+            sizes = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
+            most[ids] = sizes[0] - self._positions_skipped if sizes and learned else None
+        return most
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the model knows."""
+        return self.causal.get_input_embeddings().num_embeddings
 
     @cached_property
     def _positions_skipped(self) -> int:

@@ -37,6 +37,11 @@ def head_module(model: Any, kind: Kind) -> nn.Module:
     name = type(model).__name__
     if classifies(kind):
         return _classifier(model, name)
+    if any(cls.__name__.endswith("ForMaskedLM") for cls in type(model).__mro__):
+        raise ValueError(
+            f"{name} reads later tokens, to fill in masked ones: For-Value scores models that predict from left to "
+            "right, encoder-decoders, and models that classify sequences or tokens."
+        )
     module = getattr(model, "get_output_embeddings", lambda: None)()
     if module is None:
         raise ValueError(
