@@ -130,9 +130,9 @@ def test_the_check_holds_in_any_precision_and_for_two_classes(name, dtype, seed)
     assert backbone.head().vocab_size == 2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_check_holds_under_autocast(name):
-    Backbone(build(name, torch.float32), dtype="bfloat16").check(segments_of(name, build_batches(name))[2].inputs)
+    Backbone(classifier(name, torch.float32), dtype="bfloat16").check(segments_of(name, build_batches(name))[2].inputs)
 
 
 def test_a_cap_that_a_classifier_does_not_apply_is_not_seen_in_an_overflow_of_half_precision():
