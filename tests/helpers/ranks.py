@@ -208,7 +208,7 @@ def forward_of_two_parts_out_of_memory(rank, folder):
     return told(scorer.score(ANSWERED[1]))
 
 
-@scenario(short=1)
+@scenario(short=0)
 def another_pass_after_one_out_of_memory(rank, folder, short):
     """The validation rows are run again by plans of which no rank may have its own."""
     model = limited(build_model(dtype=torch.float64), 25) if rank == short and is_one_of_two() else None
