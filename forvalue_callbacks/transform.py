@@ -11,7 +11,15 @@ import pyarrow as pa
 import torch
 import xxhash
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 from .config import ForValueConfig
 from .data.reading import kept
@@ -48,7 +56,7 @@ class ForValueTransform:
         model: a model, or the path or hub id of one, which is then loaded where it is first needed: with
             `map(..., num_proc=2, with_rank=True)` each worker loads its own, on the device of its rank.
         validation_dataset, config, processing_class, data_collator, row_config: as for `ForValueScorer`.
-        model_kwargs: for `AutoModelForCausalLM.from_pretrained` where `model` is a path or an id.
+        model_kwargs: for `from_pretrained` where `model` is a path or an id.
 
     Raises:
         ValueError: `vocab="seen"` and methods that need all rows ("auto", "label_model"): they depend on rows that a
@@ -123,7 +131,7 @@ class ForValueTransform:
         if rank not in self._scorers:
             model: Any = self._model
             if isinstance(model, (str, os.PathLike)):
-                model = AutoModelForCausalLM.from_pretrained(model, **self._model_kwargs)
+                model = _class_of(model, self._model_kwargs).from_pretrained(model, **self._model_kwargs)
                 accelerator = torch.accelerator.current_accelerator(check_available=True)
                 if rank is not None and accelerator is not None:
                     model = model.to(torch.device(accelerator.type, rank % torch.accelerator.device_count()))
@@ -141,6 +149,25 @@ class ForValueTransform:
     def __reduce__(self) -> tuple[Any, ...]:
         _LIVE[self.fingerprint] = self
         return _find, (self.fingerprint,)
+
+
+def _class_of(path: str | os.PathLike[str], options: Mapping[str, Any]) -> Any:
+    """What loads a model of the kind that lies there: of an encoder-decoder, `AutoModelForCausalLM` would load the
+    decoder alone."""
+    where = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
+    try:
+        config = AutoConfig.from_pretrained(path, **{name: options[name] for name in where if name in options})
+    except (OSError, ValueError):  # an adapter, which says itself what it is for
+        return AutoModelForCausalLM
+    names = getattr(config, "architectures", None) or [""]
+    if names[0].endswith("ForSequenceClassification"):
+        return AutoModelForSequenceClassification
+    if names[0].endswith("ForTokenClassification"):
+        return AutoModelForTokenClassification
+    if getattr(config, "is_encoder_decoder", False):
+        speech = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+        return AutoModelForSpeechSeq2Seq if speech else AutoModelForSeq2SeqLM
+    return AutoModelForCausalLM
 
 
 def _table(batch: Any) -> pa.Table | None:

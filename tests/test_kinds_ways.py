@@ -117,6 +117,16 @@ def test_map_scores_tokenised_rows(kind):
     assert scored["forvalue_reason"] == [None] * 24
 
 
+@pytest.mark.parametrize("kind", WAYS)
+def test_map_loads_a_model_of_the_kind_that_lies_in_a_folder(tmp_path, kind):
+    train, validation = rows_of(kind)
+    model = build(kind, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    transform = ForValueTransform(str(tmp_path), validation, data_collator=WAYS[kind][2](model))
+    assert type(transform.scorer().backbone.model) is type(model)
+    assert relative(transform.scorer().score(train).values, score(kind, model, train, validation).values) < 1e-5
+
+
 def test_a_collator_that_makes_tokens_of_text_is_given_the_text():
     kind = "BertForSequenceClassification"
     rows, model = build_rows(kind, 8, seed=1), build(kind)
