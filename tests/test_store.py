@@ -156,11 +156,17 @@ def killed(name, n_kills, root):
                 log.unlink(missing_ok=True)
                 expected = None
             resumed += bool(starts(log))
-            child = begin(work, folder, log)
+            child, status = begin(work, folder, log), None
             if n < n_kills:
-                time.sleep(draw.uniform(0, seconds))
-                os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
+                wanted = draw.randint(0, len(windows))
+                while status is None and len(starts(log)) < wanted:
+                    time.sleep(0.001)
+                    ended, code = os.waitpid(child, os.WNOHANG)
+                    status = code if ended else None
+                time.sleep(draw.uniform(0, seconds / 4))
+                if status is None:
+                    os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1] if status is None else status
             assert status in (0, signal.SIGKILL), status
             n += status != 0
             if status == 0:
