@@ -26,7 +26,7 @@ from .data.sft import RowConfig, RowPreparer
 from .methods import METHODS
 from .methods.base import ROWS, State, put_together, token_columns
 from .methods.fitted import fit_of
-from .methods.pairs import PAIRS, PAIRS_WITH, Pairs
+from .methods.pairs import PAIRS, PAIRS_WITH, Pairs, pairs_file
 from .model.backbone import Backbone, left_as_found
 from .model.fingerprint import digest
 from .model.ranks import of_first_rank, together, world
@@ -177,13 +177,12 @@ class ForValueScorer:
         plan = self._plan(dataset)
         side, n_validation = self.validation, len(self.validation.samples())
         plan.passes[-1:] = [Pass(PAIRS_WITH, n_validation), Pass(PAIRS, size(dataset))]
-        with self._at_work(dataset, plan):
+        with self._at_work(dataset, plan), pairs_file(path, size(dataset), side.n_rows, provenance) as file:
             pairs = Pairs(self.run, side.method, side.state(), side.samples(), side.n_rows)
             if path is None:
                 blocks = [window.columns["pairs"] for window in pairs.windows(dataset) if isinstance(window, Window)]
                 return torch.from_numpy(np.concatenate([np.zeros((0, side.n_rows)), *blocks]))
-            assert isinstance(dataset, Sized)
-            return pairs.to_file(path, dataset, provenance)
+            return pairs.to_file(file, path, dataset)
 
     @together("finding the direction")
     def direction(self) -> Tensor:

@@ -18,6 +18,7 @@ from forvalue_callbacks.methods import METHODS
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 RECIPES = {
+    "benchmark_memory": ["--rows", "40", "--methods", "gradient", "--output_dir", "out"],
     "benchmark_speed": ["--shape", "tiny", "--rows", "2", "--length", "8", "--validation_rows", "2", "--repeats", "1"],
     "compare_influence_cost": [
         *("--shapes", "tiny", "qwen2.5-7b", "--rows", "6", "--validation_rows", "2", "--length", "8"),

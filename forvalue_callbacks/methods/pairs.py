@@ -62,21 +62,31 @@ class Pairs:
         out[:, side.index] = values.cpu().numpy()
         return {"pairs": out}
 
-    def to_file(self, path: str | Path, dataset: Any, provenance: dict[str, str]) -> Tensor:
-        """Writes them to a `.npy` file, and gives what lies there."""
-        with self._file(path, len(dataset), provenance) as file:
+    def to_file(self, file: PairsFile | None, path: str | Path, dataset: Any) -> Tensor:
+        """Writes them to the file of `pairs_file`, and gives what lies there."""
 
+<<<<<<< HEAD
             def skip(start: int, digests: list[str]) -> bool:
                 return file is not None and file.holds(start, digests)
+=======
+        def skip(start: int, digests: list[str]) -> bool:
+            return of_first_rank(file is not None and file.holds(start, digests))
+>>>>>>> h-store
 
-            for window in self.windows(dataset, skip):
+        for window in self.windows(dataset, skip):
+            with together("writing the pairs"):
                 if file is not None and isinstance(window, Window):
                     file.write(window.start, window.digests, window.columns["pairs"])
-            with together("writing the pairs"):
-                if file is not None:
-                    file.finish()
+        with together("writing the pairs"):
+            if file is not None:
+                file.finish()
         return torch.from_numpy(np.load(path, mmap_mode="r+"))
 
-    def _file(self, path: str | Path, n: int, provenance: dict[str, str]) -> Any:
-        """The file, on the first rank."""
-        return PairsFile(path, n, self.n_validation, provenance) if world()[0] == 0 else nullcontext()
+
+def pairs_file(path: str | Path | None, n: int | None, n_validation: int, provenance: dict[str, str]) -> Any:
+    """The file for pairs, opened by the first rank, if they go to one."""
+    with together("opening the file of the pairs"):
+        if path is None or world()[0] > 0:
+            return nullcontext()
+        assert n is not None
+        return PairsFile(path, n, n_validation, provenance)

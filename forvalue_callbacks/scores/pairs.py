@@ -40,13 +40,15 @@ class PairsFile:
 
     Raises:
         OSError: there is no room for the file; the message names it and its size.
-        ValueError: another process is writing it, or its folder cannot be written to.
+        ValueError: another process is writing it, its folder cannot be written to, or a folder is in its place.
     """
 
     def __init__(self, path: str | os.PathLike[str], n: int, m: int, provenance: Mapping[str, Any]) -> None:
         self.path, self.n, self.m = Path(path), n, m
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._list = self.path.with_name(self.path.name + ".partial.json")
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a folder, and the pairs go into a file of that name: choose another.")
         make_folder(self.path.parent)
         remove_leftovers(self.path.parent)
         if self._partial.is_symlink():
