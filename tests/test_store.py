@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """What a scorer and a trainer keep on disk: killed, begun with something else, on a disk that is full."""
-=======
-"""What a scorer and a trainer keep on disk while they work: killed, begun with something else, on a full disk."""
->>>>>>> h-store
 
 import json
 import os

@@ -65,13 +65,8 @@ class Pairs:
     def to_file(self, file: PairsFile | None, path: str | Path, dataset: Any) -> Tensor:
         """Writes them to the file of `pairs_file`, and gives what lies there."""
 
-<<<<<<< HEAD
-            def skip(start: int, digests: list[str]) -> bool:
-                return file is not None and file.holds(start, digests)
-=======
         def skip(start: int, digests: list[str]) -> bool:
-            return of_first_rank(file is not None and file.holds(start, digests))
->>>>>>> h-store
+            return file is not None and file.holds(start, digests)
 
         for window in self.windows(dataset, skip):
             with together("writing the pairs"):
