@@ -148,7 +148,7 @@ def killed(name, n_kills, root):
     log.unlink()
     n, rounds, resumed = 0, 0, 0
     while n < n_kills or rounds == 0:
-        folder, expected = root / str(rounds), windows
+        folder, expected, n_before = root / str(rounds), windows, n
         folder.mkdir()
         while True:
             if name != "callback" and any((folder / file).exists() for file in (FILE, "pairs.npy")):
@@ -172,7 +172,9 @@ def killed(name, n_kills, root):
             if status == 0:
                 break
         assert len(set(starts(log))) == len(starts(log)), starts(log)
-        assert expected is None or sorted(starts(log)) == expected, (starts(log), expected)
+        if expected is not None:  # one killed between a window and its note wrote it and did not say so
+            missing = len(expected) - len(starts(log))
+            assert set(starts(log)) <= set(expected) and missing <= n - n_before, (starts(log), expected)
         for file in whole.iterdir():
             assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
         assert sorted(os.listdir(folder)) == sorted(os.listdir(whole)), os.listdir(folder)
