@@ -1,12 +1,14 @@
 """Encoder-decoders and classifiers through every way in: trainers, `prefilter`, `map`; rows that cannot be scored."""
 
 import copy
+import os
 import re
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -82,6 +84,15 @@ def score(kind, model, rows, validation, **config):
     return ForValueScorer(model, validation, ForValueConfig(**config), data_collator=collate, progress=False).score(
         rows
     )
+
+
+@pytest.fixture(autouse=True)
+def precision_of_its_own(monkeypatch):
+    """Accelerate keeps the precision of the first trainer of a process for all later ones: here none was before."""
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_"):
+            monkeypatch.delenv(name)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as accelerate's own tests do; there is no other way
 
 
 @pytest.mark.parametrize("form", [Dataset.from_list, list])
