@@ -34,8 +34,6 @@ from .whitened import WHITENING_RIDGE
 logger = logging.getLogger(__name__)
 
 MIN_ROWS = 40
-# Training rows that the match of prompts and answers is learned from.
-MAX_ROWS = 16384
 HALVES = ("first half of the validation rows", "second half")
 
 
@@ -181,9 +179,7 @@ def _means(measured: Columns) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _match(clean: Columns, found: Found, train_fold: np.ndarray) -> Match:
     """The match, learned from clean and training rows."""
-    some = np.arange(found.n)
-    if found.n > MAX_ROWS:
-        some = np.sort(np.random.default_rng(0).permutation(found.n)[:MAX_ROWS])
+    some = found.some()
     sides = _means(clean), _means(found.take(some, ["prompt", "answer"]))
     prompts, answers = (torch.cat(side) for side in zip(*sides, strict=True))
     return Match(prompts, answers, np.concatenate([clean["row"] % FOLDS, train_fold[some]]))

@@ -25,6 +25,8 @@ from ..scores.writer import ScoreWriter
 NATS, LOG_ODDS = "nats", "log odds"
 OVERFLOW = "hidden states or logits overflow; try forward_dtype='bfloat16' or float32 weights"
 NOT_FINITE = f"non-finite score: {OVERFLOW}"
+# Rows that a method with `needs_all_rows` learns from at most: what it keeps in memory of them.
+MAX_ROWS = 16384
 # The passes that all methods have, by name.
 VALIDATION, ROWS = "validation rows", "rows to score"
 
@@ -46,6 +48,12 @@ class Found:
     def column(self, name: str) -> np.ndarray:
         """One column of all rows."""
         return np.concatenate([columns[name] for columns in self.windows()])
+
+    def some(self) -> np.ndarray:
+        """Ascending places of the rows to learn from: all, or `MAX_ROWS` drawn at random, which judge the others."""
+        if self.n <= MAX_ROWS:
+            return np.arange(self.n)
+        return np.sort(np.random.default_rng(0).permutation(self.n)[:MAX_ROWS])
 
     def take(self, rows: np.ndarray, names: Sequence[str]) -> Columns:
         """Some rows (ascending places among those found) of some columns."""

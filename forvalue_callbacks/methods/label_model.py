@@ -29,8 +29,6 @@ REPEATED = 0.5
 AGREEING = 0.1
 # Rows with more features are kept as so many: the leading directions of the validation rows, and random ones.
 MAX_FEATURES, MAX_LEADING = 512, 256
-# Training rows that the model is fitted on; more are judged by what comes of these.
-MAX_ROWS = 16384
 
 
 class LabelModel(Method):
@@ -80,9 +78,7 @@ class LabelModel(Method):
     def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate]:
         answers = found.column("answer")
         _warn_of_other_forms(state, answers, found.column("last"))
-        some = np.arange(found.n)
-        if found.n > MAX_ROWS:
-            some = np.sort(np.random.default_rng(0).permutation(found.n)[:MAX_ROWS])
+        some = found.some()
         train = torch.from_numpy(found.take(some, ["features"])["features"])
         fit = fit_labels(
             state["features"],
@@ -92,7 +88,7 @@ class LabelModel(Method):
             all_observed=answers,
             standardised="directions" in state,
         )
-        if found.n > MAX_ROWS:
+        if found.n > len(some):
             parts = [
                 fit.judge(torch.from_numpy(columns["features"]), columns["answer"]) for columns in found.windows()
             ]
