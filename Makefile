@@ -3,7 +3,7 @@ OLDEST ?= .venv-oldest
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 # The models are tiny: processes side by side, one thread each.
-PYTEST := -m pytest -n auto --maxprocesses 4
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 .PHONY: demo test test-oldest beside clean
 

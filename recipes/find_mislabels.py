@@ -211,9 +211,9 @@ def scored(config: MislabelConfig, model, tokenizer, seed: int) -> Iterator[Resu
     rows = validation.select_columns(["prompt", "completion"])
     common = {"processing_class": tokenizer, "progress": False}
     plain = ForValueScorer(model, rows, **common)
+    prepare = plain.run.reader.prepare
     clean, validation = (
-        side.select([i for i, row in enumerate(side) if plain.prepare(row).reason is None])
-        for side in (clean, validation)
+        side.select([i for i, row in enumerate(side) if prepare(row).reason is None]) for side in (clean, validation)
     )
     confused: dict[str, str] = {}
     if config.of_labels:
@@ -247,7 +247,7 @@ def scored(config: MislabelConfig, model, tokenizer, seed: int) -> Iterator[Resu
             if not config.rivals:
                 continue
             tokens, known_tokens = (
-                [{"input_ids": r.input_ids.tolist(), "labels": r.labels.tolist()} for r in map(plain.prepare, side)]
+                [{"input_ids": r.input_ids.tolist(), "labels": r.labels.tolist()} for r in map(prepare, side)]
                 for side in (given, rows)
             )
             yield result("mutual information", baselines.pmi(model, tokens).numpy())

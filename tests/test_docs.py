@@ -1,5 +1,6 @@
 """What is written down runs: README blocks, examples, recipes."""
 
+import inspect
 import json
 import os
 import re
@@ -92,12 +93,24 @@ def test_there_are_three_examples():
     assert len(EXAMPLES) == 3
 
 
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_method_is_the_one_in_the_package():
+    """All that it shows, but for the notes beside it."""
+    _, shown = python_blocks()
+    source = inspect.getsource(METHODS["whitened"]).splitlines()
+    lines = [re.sub(r"\s+# .*", "", line) for line in shown.splitlines()]
+    assert [line for line in lines if line and line not in source] == []
+    assert len([line for line in source if line and line not in lines]) <= 1, "an assertion for the type checker"
+
+
 def test_the_readmes_python_runs_as_it_stands(tmp_path):
     """In a process of its own, with nothing put in the place of anything: as somebody pastes it."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    assert "bf16" not in blocks[0], "TRL's own default"
-    (tmp_path / "script.py").write_text(blocks[0])
+    script, _ = python_blocks()
+    assert "bf16" not in script, "TRL's own default"
+    (tmp_path / "script.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -12,6 +12,8 @@ import pytest
 
 from helpers.ranks import SCENARIOS, outcome, sharded_and_out_of_memory
 
+pytestmark = pytest.mark.xdist_group("ranks")  # the processes are launched once
+
 
 def launched(folder, *names):
     """Two processes that go through the scenarios, which leave what they found in the folder."""

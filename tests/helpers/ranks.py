@@ -324,7 +324,7 @@ def another_budget(rank, folder):
     scorer_of(max_tokens=[40, 50][rank]).score(TRAIN)
 
 
-@scenario(*both(r"rank 1 is scoring pairs while rank 0 is|rank 1 is running .* while rank 0 is"))
+@scenario(*both(r"rank 1 is .*pairs while rank 0 is"))
 def another_call(rank, folder):
     scorer = scorer_of()
     scorer.validation.state()
@@ -420,13 +420,16 @@ def a_model_that_one_rank_refuses(rank, folder):
     scorer.score(TRAIN)
 
 
-@scenario("ValueError: .*cannot be written|ValueError|OSError|NotADirectoryError", "rank 0 failed while scoring rows")
+@scenario(
+    "ValueError: .*cannot be written|ValueError|OSError|NotADirectoryError",
+    "rank 0 failed while opening the file of the scores",
+)
 def a_file_that_cannot_be_opened(rank, folder):
     (folder / "file").touch()
     scorer_of().score(TRAIN, folder / "file" / "scores.parquet")
 
 
-@scenario("OSError: full", "rank 0 failed while scoring rows.*OSError: full")
+@scenario("OSError: full", "rank 0 failed while writing the scores.*OSError: full")
 def a_part_that_cannot_be_written(rank, folder):
     with Patched(ScoreWriter, "write", raises(OSError("full"))):
         scorer_of().score(TRAIN, folder / "full.parquet")
@@ -438,9 +441,9 @@ def scores_that_cannot_be_saved(rank, folder):
         scorer_of().score(TRAIN, folder / "full2.parquet")
 
 
-@scenario("OSError: full", "rank 0 failed while scoring pairs.*OSError: full", what="__init__")
+@scenario("OSError: full", "rank 0 failed while opening the file of the pairs.*OSError: full", what="__init__")
 @scenario("OSError: full", "rank 0 failed while scoring pairs.*OSError: full", what="holds")
-@scenario("OSError: full", "rank 0 failed while scoring pairs.*OSError: full", what="write")
+@scenario("OSError: full", "rank 0 failed while writing the pairs.*OSError: full", what="write")
 @scenario("OSError: full", "rank 0 failed while writing the pairs.*OSError: full", what="finish")
 def pairs_that_cannot_be_written(rank, folder, what):
     with Patched(PairsFile, what, raises(OSError("full"))):
