@@ -193,7 +193,7 @@ def _evidence(clean: np.ndarray, noisy: np.ndarray, clean_odds: np.ndarray, nois
     """How well one kind of copies is told from the clean rows, by the log odds and by the measures, (rows, F) each."""
     single = {name: auc(clean[:, c], noisy[:, c]) for c, name in enumerate(CANDIDATES) if name != "length"}
     best = max(single, key=lambda name: single[name])
-    return Evidence(auc(clean_odds, noisy_odds), best, single[best], single["mean log-likelihood"])
+    return Evidence(auc(clean_odds, noisy_odds), None, best, single[best], single["mean log-likelihood"])
 
 
 def _of_training_rows(classifier: Classifier, found: Found, match: Match, train_fold: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ evidence than the validation rows but some of their answers are wrong; expectati
 
 Nothing vouches for itself. There is a chain for each fold of the validation rows that never sees that fold, the soft
 targets of training rows included; within a chain the p that judges a training row was fitted without its fold. What
-chain k says of validation fold k is evidence: it chooses the temperature, and whether training rows are used at all. The
-score of a training row is the log of the odds that its observed answer is right, the mean over the chains. Folds are
-drawn in the order of the rows: give them in one that follows their content. Imports torch and numpy.
+chain k says of validation fold k is evidence: it chooses the temperature, and whether training rows are used at all.
+The score of a training row is the log of the odds that its observed answer is right, the mean over the chains. Folds
+are drawn in the order of the rows: give them in one that follows their content. Imports torch and numpy.
 
 An answer that no validation row has is learned from the training rows that show it, if there are two or more. Answers
 that come once in all are one answer, "another", that nothing speaks for: they get low odds.
@@ -40,6 +40,8 @@ EM_RIDGE, EM_ROUNDS, EM_ITERATIONS = 30.0, 2, 30
 WHITENING_RIDGE = 0.01
 # Standard errors on either side of a 95 % interval; how often rows are drawn again for one.
 INTERVAL, DRAWS = 1.96, 200
+# An answer is judged if so many validation rows have it; so many rows' worth of the share is mixed into its odds.
+MIN_OF_CLASS, FEW = 3, 2.0
 TEMPERATURES = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 
 
@@ -66,15 +68,19 @@ class LabelFit:
     likelihood: tuple[float, float]
     _map: FeatureMap = field(repr=False)
     _chains: _Chains = field(repr=False)
-    _shift: float = field(repr=False)
+    _odds: Odds = field(repr=False)
     _answers: Answers = field(repr=False)
+
+    def judged(self, observed_N: np.ndarray) -> np.ndarray:
+        """Which rows are judged, (N,) bool: those whose answer has `MIN_OF_CLASS` validation rows."""
+        return self._odds.counts[self._answers.numbers(observed_N)] >= MIN_OF_CLASS
 
     def judge(self, features_NF: Tensor, observed_N: np.ndarray) -> np.ndarray:
         """Log odds of further rows, (N,), in turn by the models of the folds, which have seen none of them."""
         z = self._map(features_NF)
-        observed = torch.from_numpy(self._answers.numbers(observed_N)).to(z.device)
+        numbers = self._answers.numbers(observed_N)
         turn = torch.arange(len(z), device=z.device) % TRAIN_FOLDS
-        return self._chains.log_odds(z, turn, observed) + self._shift
+        return self._odds(self._chains.log_odds(z, turn, torch.from_numpy(numbers).to(z.device)), numbers)
 
 
 class Answers:
@@ -160,14 +166,11 @@ def fit_labels(
     likelihood = (first.likelihood, chains.likelihood)
     if first.likelihood > chains.likelihood:  # training rows do not help to predict answers that are right
         chains = first
-    log_odds = chains.log_odds(sides.train, sides.train_fold, sides.observed)
+    odds = Odds(np.bincount(sides.known_M, minlength=answers.n), share, error)
     flipped, interval = _flipped_auc(sides.out_of_fold(chains).double() * chains.temperature, sides.known_M, rng)
-    # Where nothing tells right from wrong, all odds are those of the share, whose least is all there is to go by.
-    likely = share if interval[0] >= USEFUL_AUC else max(0.0, share - INTERVAL * error)
-    shift = _shift_to(likely, share + INTERVAL * error, log_odds)
-    return LabelFit(
-        log_odds + shift, share, error, flipped, interval, likelihood, feature_map, chains, shift, answers
-    )
+    raw = chains.log_odds(sides.train, sides.train_fold, sides.observed)
+    log_odds = odds.calibrated(raw, sides.observed.cpu().numpy(), interval[0] >= USEFUL_AUC)
+    return LabelFit(log_odds, share, error, flipped, interval, likelihood, feature_map, chains, odds, answers)
 
 
 class _Sides:
@@ -277,32 +280,66 @@ def _with_training_rows(sides: _Sides, chains: _Chains) -> _Chains:
 def _share_by_moments(sides: _Sides, chains: _Chains) -> tuple[float, float]:
     """Share of wrong answers among the training rows, and its standard error.
 
-    With a the mean p of validation rows' own answers, out of fold, and b that of the others, training rows with a share
-    s of wrong answers have the mean p of their observed ones `(1 - s) a + s b`.
+    With a the mean p of validation rows' own answers, out of fold, and b that of the others, training rows of which a
+    share s have wrong answers have the mean p of their observed ones `(1 - s) a + s b`. Of rows that are judged: a
+    validation row that is the only one of its answer has p near 0 out of fold, and says nothing of training rows.
     """
     p = (sides.out_of_fold(chains).double() * chains.temperature).softmax(1).cpu().numpy()
-    own = p[np.arange(len(p)), sides.known_M]
-    b = float((1 - own).mean() / (p.shape[1] - 1))
+    known = np.bincount(sides.known_M, minlength=p.shape[1]) >= MIN_OF_CLASS
+    if not known.any():
+        return 0.0, 1.0
+    own = p[np.arange(len(p)), sides.known_M][known[sides.known_M]]
     judged = torch.stack([chains.log_p(k, sides.train, sides.train_fold) for k in range(FOLDS)]).exp().mean(0)
-    seen = judged.gather(1, sides.observed[:, None])[:, 0].cpu().numpy()
-    a, span = float(own.mean()), max(float(own.mean()) - b, 1e-3)
-    share = (a - float(seen.mean())) / span
-    error = float(np.sqrt(own.var() / len(own) * (1 - share) ** 2 + seen.var() / len(seen))) / span
-    return float(np.clip(share, 0, 1)), min(error, 1.0)
+    observed = sides.observed.cpu().numpy()
+    seen = judged.cpu().numpy()[np.arange(len(observed)), observed][known[observed]]
+    a, b = float(own.mean()), float((1 - own).mean() / (p.shape[1] - 1))
+    span = max(a - b, 1e-3)
+    share = (a - float(seen.mean())) / span if len(seen) else 0.0
+    error = np.sqrt(own.var() / len(own) * (1 - share) ** 2 + seen.var() / max(1, len(seen))) / span
+    return float(np.clip(share, 0, 1)), float(min(error, 1.0))
 
 
-def _shift_to(share: float, most: float, log_odds: np.ndarray) -> float:
-    """What to add to log odds so that they say the share of noise that there is, and put no more than `most` of the
-    rows below 0."""
-    low, high = -20.0, 20.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        noise = float((1 / (1 + np.exp(np.clip(log_odds + middle, -50, 50)))).mean())
-        low, high = (middle, high) if noise > share else (low, middle)
-    n_most = int(np.floor(min(1.0, most) * len(log_odds)))
-    ordered = np.sort(log_odds)
-    least = -ordered[n_most] if n_most < len(ordered) else -np.inf
-    return float(max(high, least))
+class Odds:
+    """Log odds as they are given: calibrated to the share of noise there seems to be, careful where little is known.
+
+    Args:
+        counts: validation rows of each answer, (K,).
+        share, error: of wrong answers, estimated, and its standard error.
+    """
+
+    def __init__(self, counts: np.ndarray, share: float, error: float):
+        self.counts, self.share, self.error = counts, share, error
+        self.shift = 0.0
+
+    def calibrated(self, log_odds: np.ndarray, observed: np.ndarray, useful: bool) -> np.ndarray:
+        """Log odds, (N,), shifted so that they say the share that there is and put no more rows below 0 than the upper
+        end of its interval. Where nothing tells right from wrong (not `useful`), or the share may be none, its lower
+        end counts: what is not known to be noise stays."""
+        spread = INTERVAL * self.error
+        useful = useful and self.share > spread
+        likely = self.share if useful else max(0.0, self.share - spread)
+        low, high = -20.0, 20.0
+        for _ in range(50):
+            self.shift = (low + high) / 2
+            noise = 1 / (1 + np.exp(np.clip(self(log_odds, observed), -50, 50)))
+            low, high = (self.shift, high) if noise.mean() > likely else (low, self.shift)
+        most = int(min(1.0, likely + spread if useful else likely) * len(log_odds))
+        while (self(log_odds, observed) < 0).sum() > most:
+            self.shift += 0.25
+        values = self(log_odds, observed)
+        for answer in np.unique(observed):  # no answer goes altogether: its best row stays
+            rows = np.flatnonzero(observed == answer)
+            best = rows[values[rows].argmax()]
+            values[best] = max(values[best], 0.0)
+        return values
+
+    def __call__(self, log_odds: np.ndarray, observed: np.ndarray) -> np.ndarray:
+        """Of an answer with few validation rows the odds are drawn to the share's, and of one with hardly any they are
+        no less: it is not judged."""
+        n = self.counts[observed]
+        prior = np.log((1 - min(self.share, 0.45)) / max(min(self.share, 0.45), 0.01))
+        drawn = (n * (log_odds + self.shift) + FEW * prior) / (n + FEW)
+        return np.where(n >= MIN_OF_CLASS, drawn, np.maximum(drawn, prior))
 
 
 def _log_odds(log_p: Tensor, flips: Tensor, observed: Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ from ..model.run import Run
 from ..progress import Plan, aside
 from ..scores.noise import USEFUL_AUC, Evidence, NoiseEstimate
 from .base import LOG_ODDS, VALIDATION, Found, Method, State, measured, reasons_unless
-from .label_fit import fit_labels
+from .label_fit import MIN_OF_CLASS, fit_labels
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,9 @@ class LabelModel(Method):
             )
         features = torch.from_numpy(known["features"])
         narrow = {} if features.shape[1] <= MAX_FEATURES else narrowing(features)
-        return {**narrow, "features": narrowed(narrow, features), "answer": known["answer"], "last": known["last"]}
+        order = np.argsort(known["order"], kind="stable")
+        kept = {"features": narrowed(narrow, features)[order], "answer": known["answer"][order]}
+        return {**narrow, **kept, "last": known["last"]}
 
     def score(self, state: State, head: Head, positions: Positions) -> Columns:
         assert positions.prompt_RD is not None
@@ -71,6 +73,9 @@ class LabelModel(Method):
         return {
             "features": narrowed(state, features).numpy(),
             "answer": np.array(answers, dtype=np.uint64).view(np.int64),
+            "digest": np.array([int(sample.digest, 16) for sample in positions.samples], dtype=np.uint64).view(
+                np.int64
+            ),
             "last": np.array([segment.target[-1] for segment in positions.segments], dtype=np.int64),
             "log_likelihood": log_p,
             "n_labelled": np.array(positions.lengths, dtype=np.int64),
@@ -78,12 +83,12 @@ class LabelModel(Method):
         }
 
     def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate]:
+        order = np.argsort(found.column("order"), kind="stable")  # folds follow the content of rows, not their place
         answers = found.column("answer")
         _warn_of_other_forms(state, answers, found.column("last"))
-        some = np.arange(found.n)
-        if found.n > MAX_ROWS:
-            some = np.sort(np.random.default_rng(0).permutation(found.n)[:MAX_ROWS])
-        train = torch.from_numpy(found.take(some, ["features"])["features"])
+        some = order if found.n <= MAX_ROWS else np.random.default_rng(0).permutation(order)[:MAX_ROWS]
+        ascending = np.sort(some)
+        train = torch.from_numpy(found.take(ascending, ["features"])["features"])[np.searchsorted(ascending, some)]
         fit = fit_labels(
             state["features"],
             state["answer"],
@@ -92,25 +97,36 @@ class LabelModel(Method):
             all_observed=answers,
             standardised="directions" in state,
         )
+        values = np.zeros(found.n)
         if found.n > MAX_ROWS:
-            parts = [
-                fit.judge(torch.from_numpy(columns["features"]), columns["answer"]) for columns in found.windows()
-            ]
+            parts = [fit.judge(torch.from_numpy(part["features"]), part["answer"]) for part in found.windows()]
             values = np.concatenate(parts)
-        else:
-            values = np.zeros(found.n)
         values[some] = fit.log_odds
-        if fit.flipped_auc < USEFUL_AUC:
+        if fit.auc_interval[0] < USEFUL_AUC:
             with aside():
                 logger.warning(
-                    "on the validation rows a wrong answer is told from the right one with AUC %.2f: do not filter by "
-                    "this",
+                    "on the validation rows a wrong answer is told from the right one with AUC %.2f (95 %%: %.2f to "
+                    "%.2f): do not filter by this",
                     fit.flipped_auc,
+                    *fit.auc_interval,
                 )
-        evidence = {"flipped": Evidence(fit.flipped_auc)}
-        n_validation, n_answers = len(state["answer"]), len(np.union1d(state["answer"], answers))
+        n_unjudged = int((~fit.judged(answers)).sum())
+        if n_unjudged:
+            with aside():
+                logger.warning(
+                    "%d of %d rows have an answer that fewer than %d validation rows have: they are not judged but kept",
+                    n_unjudged,
+                    found.n,
+                    MIN_OF_CLASS,
+                )
         return values, NoiseEstimate(
-            fit.noise_share, evidence, n_validation, n_answers=n_answers, likelihood=fit.likelihood
+            fit.noise_share,
+            {"flipped": Evidence(fit.flipped_auc, fit.auc_interval)},
+            len(state["answer"]),
+            n_answers=len(np.union1d(state["answer"], answers)),
+            share_error=fit.share_error,
+            n_unjudged=n_unjudged,
+            likelihood=fit.likelihood,
         )
 
 
