@@ -1,6 +1,7 @@
 """Forward passes: what runs together, in which thread and dtype, with how much memory."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,19 @@ def test_the_model_is_left_exactly_as_found():
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert all(torch.equal(g, p.grad) for g, p in zip(gradients, model.parameters(), strict=True))
     assert not any(p.is_inference() for p in [*model.parameters(), *model.buffers()])
+
+
+def test_a_sample_of_several_segments_has_the_sum_of_their_scores():
+    scorer = ForValueScorer(build_model("llama", torch.float64), VALIDATION, progress=False)
+    samples = list(scorer.run.reader.samples(TRAIN))
+    apart = scorer.score(samples)
+    pairs = [
+        replace(one, segments=one.segments + other.segments)
+        for one, other in zip(samples[::2], samples[1::2], strict=True)
+    ]
+    together = scorer.score(pairs)
+    assert relative(together.values, apart.values[::2] + apart.values[1::2]) < 1e-12
+    np.testing.assert_array_equal(together.n_labelled, apart.n_labelled[::2] + apart.n_labelled[1::2])
 
 
 def test_samples_are_scored_as_their_rows_are():

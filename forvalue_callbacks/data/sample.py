@@ -25,14 +25,12 @@ class Segment:
             Or what makes them again, where keeping them would take too much memory.
         at: int64 (T,), ascending: positions of the hidden states.
         target: int64 (T,): what is predicted there.
-        weight: +1, or -1 for what should become less likely.
         n_prompt: so many of the first inputs come before anything that is learnt.
     """
 
     inputs: Mapping[str, Any] | Callable[[], Mapping[str, Any]]
     at: np.ndarray
     target: np.ndarray
-    weight: float = 1.0
     n_prompt: int = 0
 
     def load(self) -> Mapping[str, Any]:
