@@ -101,21 +101,21 @@ def test_an_answer_given_in_place_of_another_is_doubted_and_not_the_other_way_ro
     assert zero > one + 0.3
 
 
-@pytest.mark.parametrize(("apart", "within"), [(0.0, 0.05), (0.5, 0.04)])
-def test_what_it_says_of_itself_is_true_of_rows_that_it_has_not_seen(apart, within):
-    """Pure noise and a weak signal among 60 features, which soft targets could be learned by heart from."""
-    claims, truths = [], []
+@pytest.mark.parametrize("apart", [0.0, 0.3])
+def test_what_it_says_of_itself_is_true_of_rows_that_it_has_not_seen(apart):
+    """Pure noise and a weak signal among 60 features, in which soft targets could be learned by heart."""
+    claims, truths, covered = [], [], []
     for seed in range(4):
-        (known, answers, *_), (x, _, observed, _) = (clusters(200, seed, k=4, d=60, apart=apart),
-                                                     clusters(400, 10 + seed, 0.3, k=4, d=60, apart=apart))  # fmt: skip
+        known, answers, *_ = clusters(300, seed, d=60, apart=apart)
+        x, _, observed, _ = clusters(500, 10 + seed, 0.3, d=60, apart=apart)
         fit = fit_labels(known, answers, x, observed)
-        untouched, right, *_ = clusters(2000, 20 + seed, k=4, d=60, apart=apart)
+        untouched, right, *_ = clusters(2000, 20 + seed, d=60, apart=apart)
         wrong = (right + np.random.default_rng(seed).integers(1, 4, 2000)) % 4
         claims.append(fit.flipped_auc)
         truths.append(auc(fit.judge(untouched, right), fit.judge(untouched, wrong)))
-        assert fit.auc_interval[0] < fit.flipped_auc < fit.auc_interval[1]
-        assert fit.auc_interval[0] - 0.02 < truths[-1] < fit.auc_interval[1] + 0.02
-    assert abs(np.mean(claims) - np.mean(truths)) < within
+        covered.append(fit.auc_interval[0] <= truths[-1] <= fit.auc_interval[1])
+    assert abs(np.mean(claims) - np.mean(truths)) < 0.04
+    assert sum(covered) >= 3
     assert apart or abs(np.mean(claims) - 0.5) < 0.05
 
 
@@ -194,7 +194,7 @@ def test_answers_that_come_once_are_not_judged_and_leave_the_others_alone():
     np.testing.assert_array_equal(fit.judged(changed), ~np.isin(np.arange(400), odd))
     assert (fit.log_odds[odd] > 0).all()
     assert (fit.log_odds[others] > 0).mean() > 0.9
-    assert fit.noise_share < 0.1
+    assert fit.noise_share < 2 * fit.share_error
 
 
 @pytest.mark.parametrize(

@@ -292,10 +292,12 @@ def _share_by_moments(sides: _Sides, chains: _Chains) -> tuple[float, float]:
     judged = torch.stack([chains.log_p(k, sides.train, sides.train_fold) for k in range(FOLDS)]).exp().mean(0)
     observed = sides.observed.cpu().numpy()
     seen = judged.cpu().numpy()[np.arange(len(observed)), observed][known[observed]]
+    if not len(seen):
+        return 0.0, 1.0
     a, b = float(own.mean()), float((1 - own).mean() / (p.shape[1] - 1))
     span = max(a - b, 1e-3)
-    share = (a - float(seen.mean())) / span if len(seen) else 0.0
-    error = np.sqrt(own.var() / len(own) * (1 - share) ** 2 + seen.var() / max(1, len(seen))) / span
+    share = (a - float(seen.mean())) / span
+    error = np.sqrt(own.var() / len(own) * (1 - share) ** 2 + seen.var() / len(seen)) / span
     return float(np.clip(share, 0, 1)), float(min(error, 1.0))
 
 

@@ -73,9 +73,7 @@ class LabelModel(Method):
         return {
             "features": narrowed(state, features).numpy(),
             "answer": np.array(answers, dtype=np.uint64).view(np.int64),
-            "digest": np.array([int(sample.digest, 16) for sample in positions.samples], dtype=np.uint64).view(
-                np.int64
-            ),
+            "order": np.array([int(s.digest, 16) for s in positions.samples], dtype=np.uint64).view(np.int64),
             "last": np.array([segment.target[-1] for segment in positions.segments], dtype=np.int64),
             "log_likelihood": log_p,
             "n_labelled": np.array(positions.lengths, dtype=np.int64),
@@ -114,7 +112,7 @@ class LabelModel(Method):
         if n_unjudged:
             with aside():
                 logger.warning(
-                    "%d of %d rows have an answer that fewer than %d validation rows have: they are not judged but kept",
+                    "%d of %d rows have an answer of fewer than %d validation rows: they are not judged, and kept",
                     n_unjudged,
                     found.n,
                     MIN_OF_CLASS,
