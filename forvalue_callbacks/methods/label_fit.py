@@ -32,7 +32,7 @@ from ..core.fit import fit_softmax, logits
 from ..core.stats import auc, power_of_moment
 from ..scores.noise import USEFUL_AUC
 
-FOLDS, TRAIN_FOLDS = 5, 3
+FOLDS, TRAIN_FOLDS = 5, 2
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0)
 # A stiff ridge and few rounds: at a loose one, more rounds confirm what they started from.
 EM_RIDGE, EM_ROUNDS, EM_ITERATIONS = 30.0, 2, 30
