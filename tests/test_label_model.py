@@ -20,7 +20,7 @@ from forvalue_callbacks import (
     prefilter,
 )
 from forvalue_callbacks.core.stats import auc
-from forvalue_callbacks.methods.label_fit import FOLDS, expectation, fit_labels
+from forvalue_callbacks.methods.label_fit import expectation, fit_labels
 from forvalue_callbacks.methods.label_model import MAX_FEATURES, narrowed, narrowing
 from helpers.answers import rows_of
 from helpers.models import build_model, llava
@@ -101,6 +101,49 @@ def test_an_answer_given_in_place_of_another_is_doubted_and_not_the_other_way_ro
     assert zero > one + 0.3
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.3])
+def test_what_it_says_of_itself_is_true_of_rows_that_it_has_not_seen(apart):
+    """Pure noise and a weak signal among 60 features, in which soft targets could be learned by heart."""
+    claims, truths, covered = [], [], []
+    for seed in range(4):
+        known, answers, *_ = clusters(300, seed, d=60, apart=apart)
+        x, _, observed, _ = clusters(500, 10 + seed, 0.3, d=60, apart=apart)
+        fit = fit_labels(known, answers, x, observed)
+        untouched, right, *_ = clusters(2000, 20 + seed, d=60, apart=apart)
+        wrong = (right + np.random.default_rng(seed).integers(1, 4, 2000)) % 4
+        claims.append(fit.flipped_auc)
+        truths.append(auc(fit.judge(untouched, right), fit.judge(untouched, wrong)))
+        covered.append(fit.auc_interval[0] <= truths[-1] <= fit.auc_interval[1])
+    assert abs(np.mean(claims) - np.mean(truths)) < 0.04
+    assert sum(covered) >= 3
+    assert apart or abs(np.mean(claims) - 0.5) < 0.05
+
+
+def test_where_nothing_can_be_told_nothing_is_dropped():
+    (known, answers, *_), (x, _, observed, _) = clusters(200, 0, apart=0.0), clusters(400, 1, 0.3, apart=0.0)
+    assert (fit_labels(known, answers, x, observed).log_odds >= 0).all()
+
+
+def test_rows_of_answers_with_few_validation_rows_are_kept_and_no_answer_goes_altogether():
+    known, answers, *_ = clusters(120, 0)
+    x, _, observed, wrong = clusters(500, 1, 0.3)
+    few = np.append(np.flatnonzero(answers != 3), np.flatnonzero(answers == 3)[:2])
+    fit = fit_labels(known[torch.from_numpy(few)], answers[few], x, observed)
+    np.testing.assert_array_equal(fit.judged(observed), observed != 3)
+    assert (fit.log_odds[observed == 3] >= 0).all()
+    one_kind = np.where(wrong, 2, observed)  # answers 2 are nearly all wrong
+    fit = fit_labels(known, answers, x, one_kind)
+    assert all((fit.log_odds[one_kind == k] >= 0).any() for k in range(4))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3, 0.5])
+def test_the_share_has_an_error_that_covers_it(noise):
+    known, answers, *_ = clusters(200, 0, apart=1.0)
+    x, _, observed, wrong = clusters(800, 1, noise, apart=1.0)
+    fit = fit_labels(known, answers, x, observed)
+    assert abs(fit.noise_share - wrong.mean()) < 2.5 * fit.share_error < 0.25
+
+
 def test_training_rows_teach_the_label_model_what_few_validation_rows_cannot():
     known, answers, _, _ = clusters(8, 0, 0.0)
     x, _, observed, _ = clusters(300, 1, 0.2)
@@ -141,16 +184,17 @@ def test_names_of_answers_do_not_matter():
     assert plain.noise_share == renamed.noise_share
 
 
-def test_answers_that_come_once_get_low_odds_and_leave_the_others_alone():
+def test_answers_that_come_once_are_not_judged_and_leave_the_others_alone():
     (known, answers, *_), (x, _, observed, _) = clusters(60, 0, apart=1.0), clusters(400, 1, apart=1.0)
     odd = np.arange(0, 400, 8)
     changed = observed.copy()
     changed[odd] = 100 + np.arange(len(odd))
     fit = fit_labels(known, answers, x, changed)
     others = np.setdiff1d(np.arange(400), odd)
-    assert (fit.log_odds[odd] < 0).all()
+    np.testing.assert_array_equal(fit.judged(changed), ~np.isin(np.arange(400), odd))
+    assert (fit.log_odds[odd] > 0).all()
     assert (fit.log_odds[others] > 0).mean() > 0.9
-    assert abs(fit.noise_share - len(odd) / 400) < 0.1
+    assert fit.noise_share < 2 * fit.share_error
 
 
 @pytest.mark.parametrize(
@@ -207,7 +251,7 @@ def test_rows_beyond_those_that_are_fitted_on_are_judged_like_them(monkeypatch):
     assert auc(judged[~noisy[300:]], judged[noisy[300:]]) > auc(whole.log_odds[~noisy], whole.log_odds[noisy]) - 0.02
     assert ((judged > 0) == (whole.log_odds[300:] > 0)).mean() > 0.97
     # Each is judged by the model of a fold in turn, whatever comes with it.
-    np.testing.assert_allclose(some.judge(x[300 : 300 + FOLDS], observed[300 : 300 + FOLDS]), judged[:FOLDS])
+    np.testing.assert_allclose(some.judge(x[300:305], observed[300:305]), judged[:5], rtol=1e-4)
 
 
 # ---- the ways in ----

@@ -163,7 +163,15 @@ def test_every_method_says_which_passes_are_to_come_and_makes_them(method, passe
 
 
 def test_label_rows_say_their_passes_and_the_fit(capsys, monkeypatch):
-    fit = SimpleNamespace(log_odds=np.zeros(20), flipped_auc=1.0, noise_share=0.0, likelihood=(0.0, 0.0))
+    fit = SimpleNamespace(
+        log_odds=np.zeros(20),
+        flipped_auc=1.0,
+        auc_interval=(1.0, 1.0),
+        noise_share=0.0,
+        share_error=0.1,
+        judged=lambda answers: np.ones(len(answers), dtype=bool),
+        likelihood=(0.0, 0.0),
+    )
     monkeypatch.setattr(label_model, "fit_labels", lambda *_, **__: fit)
     answers = [
         {**row, "input_ids": [*row["input_ids"][:2], 5 + i % 2], "labels": [-100, -100, 5 + i % 2]}

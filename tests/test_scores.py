@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from forvalue_callbacks.scores.judgements import Judgements
 from forvalue_callbacks.scores.noise import Evidence, NoiseEstimate
 from forvalue_callbacks.scores.provenance import PARTS
 from forvalue_callbacks.scores.scores import ForValueScores, grouped_reasons
@@ -352,3 +353,20 @@ def test_reasons_that_differ_in_a_number_only_are_one():
         (1, "'col2' is None"),
     ]
     assert grouped_reasons([None]) == []
+
+
+def test_judgements_are_written_and_read_with_the_scores(tmp_path):
+    reasons = [None, "too long", None, None]
+    probability, suggested = [0.9, np.nan, 0.2], [0.8, np.nan, 0.5]
+    found = Judgements(probability, ["garbage", None, None], ["a\x00b", "no like", None], [2, -1, 0], suggested)
+    index, numbers = np.array([0, 2, 3]), np.ones(3)
+    scores = ForValueScores.of_scored(reasons, index, [-2.0, 0.0, 1.0], numbers, numbers, {}, None, found)
+    scores.save(tmp_path / "scores.parquet")
+    read = ForValueScores.load(tmp_path / "scores.parquet").judgements
+    assert read.kind == ["garbage", None, None, None]
+    assert read.why == ["a?b", None, "no like", None]
+    np.testing.assert_array_equal(read.probability, [0.9, np.nan, np.nan, 0.2])
+    np.testing.assert_array_equal(read.suggested_row, [3, -1, -1, 0])
+    np.testing.assert_array_equal(read.judged, [True, False, False, True])
+    with pytest.raises(ValueError, match="1 judgements of 4 rows"):
+        ForValueScores(scores.values, reasons, scores.log_likelihood, scores.n_labelled, judgements=read.take([0]))

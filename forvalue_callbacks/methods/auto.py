@@ -24,6 +24,7 @@ from ..model.positions import Columns, Positions, concatenate
 from ..model.ranks import together
 from ..model.run import Run
 from ..progress import Pass, Plan, aside
+from ..scores.judgements import Judgements
 from ..scores.noise import USEFUL_AUC, Evidence, NoiseEstimate
 from .base import LOG_ODDS, ROWS, VALIDATION, Found, Method, State, mean_tokens, measured
 from .calibration import Classifier, fit_classifier, log_odds, shares
@@ -105,7 +106,7 @@ class Auto(Method):
         measure = whole_rows if positions.part == 0 else answers_alone
         return measure(state["reference"], head, positions)
 
-    def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate]:
+    def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate, Judgements]:
         clean, copies, rng = state["clean"], state["copies"], copy.deepcopy(state["rng"])
         train_fold = rng.integers(FOLDS, size=found.n)
         match = _match(clean, found, train_fold)
@@ -135,7 +136,12 @@ class Auto(Method):
                     "on the validation rows no score finds %s: do not filter by this against it", " or ".join(hidden)
                 )
         by_kind = dict(zip(evidence, share[1:].tolist(), strict=True))
-        return log_odds(log_p, share), NoiseEstimate(float(1 - share[0]), evidence, len(clean["row"]), by_kind)
+        values = log_odds(log_p, share)
+        judgements = Judgements.none(found.n)
+        judgements.probability = 1 / (1 + np.exp(values))
+        kinds, likely = list(evidence), (log_p + np.log(np.maximum(share, 1e-9)))[:, 1:].argmax(1)
+        judgements.kind = [kinds[k] if value < 0 else None for k, value in zip(likely, values, strict=True)]
+        return values, NoiseEstimate(float(1 - share[0]), evidence, len(clean["row"]), by_kind), judgements
 
 
 def _refuse_unless_judged_by_tokens(validation: Sequence[Sample]) -> None:
@@ -189,7 +195,7 @@ def _evidence(clean: np.ndarray, noisy: np.ndarray, clean_odds: np.ndarray, nois
     """How well one kind of copies is told from the clean rows, by the log odds and by the measures, (rows, F) each."""
     single = {name: auc(clean[:, c], noisy[:, c]) for c, name in enumerate(CANDIDATES) if name != "length"}
     best = max(single, key=lambda name: single[name])
-    return Evidence(auc(clean_odds, noisy_odds), best, single[best], single["mean log-likelihood"])
+    return Evidence(auc(clean_odds, noisy_odds), None, best, single[best], single["mean log-likelihood"])
 
 
 def _of_training_rows(classifier: Classifier, found: Found, match: Match, train_fold: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from ..data.sample import Sample, Segment
 from ..model.positions import Columns, Positions
 from ..model.run import Run, Window
 from ..progress import Pass, Plan
+from ..scores.judgements import Judgements
 from ..scores.noise import NoiseEstimate
 from ..scores.scores import ForValueScores
 from ..scores.writer import ScoreWriter
@@ -39,43 +40,50 @@ class Found:
 
     Args:
         windows: gives them anew at each call.
-        n: how many rows there are.
+        digests: of the rows, in their order: what is drawn by chance follows them, and not the order.
     """
 
     windows: Callable[[], Iterator[Columns]]
-    n: int
+    digests: np.ndarray
+
+    @property
+    def n(self) -> int:
+        """How many rows there are."""
+        return len(self.digests)
 
     def column(self, name: str) -> np.ndarray:
         """One column of all rows."""
         return np.concatenate([columns[name] for columns in self.windows()])
 
     def some(self) -> np.ndarray:
-        """Ascending places of the rows to learn from: all, or `MAX_ROWS` drawn at random, which judge the others."""
-        if self.n <= MAX_ROWS:
-            return np.arange(self.n)
-        return np.sort(np.random.default_rng(0).permutation(self.n)[:MAX_ROWS])
+        """Places of the rows to learn from, in the order of their digests: all, or the `MAX_ROWS` first, which are
+        drawn at random since digests are hashes. They judge the others."""
+        return np.argsort(self.digests, kind="stable")[:MAX_ROWS]
 
     def take(self, rows: np.ndarray, names: Sequence[str]) -> Columns:
-        """Some rows (ascending places among those found) of some columns."""
-        parts, start = [], 0
+        """Some rows (places among those found, in any order) of some columns."""
+        order = np.argsort(rows, kind="stable")
+        ascending, parts, start = rows[order], [], 0
         for columns in self.windows():
             n = len(columns[names[0]])
-            here = rows[(rows >= start) & (rows < start + n)] - start
+            here = ascending[(ascending >= start) & (ascending < start + n)] - start
             parts.append({name: columns[name][here] for name in names})
             start += n
-        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+        back = np.argsort(order, kind="stable")
+        return {name: np.concatenate([part[name] for part in parts])[back] for name in names}
 
 
 def found_in(window: Window) -> Columns:
-    """Columns of the rows of a window that could be scored, and their places in the data set under "index"."""
+    """Columns of the rows of a window that could be scored, their places in the data set under "index" and their
+    digests under "digest"."""
     good = np.array([reason is None for reason in window.reasons], dtype=bool)
-    index = window.start + np.flatnonzero(good)
-    return {"index": index, **{name: values[good] for name, values in window.columns.items()}}
+    found = {"index": window.start + np.flatnonzero(good), "digest": np.array(window.digests, dtype="U16")[good]}
+    return {**found, **{name: values[good] for name, values in window.columns.items()}}
 
 
 def measured(run: Run, method: Method, state: State, samples: Iterable[Any], name: str) -> Columns:
-    """Columns of the validation rows, or copies of them, that could be scored, in their order, and their places under
-    "index".
+    """Columns of the validation rows, or copies of them, that could be scored, in their order, their places under
+    "index" and their digests under "digest".
 
     Raises:
         ValueError: there are none.
@@ -155,8 +163,8 @@ class Method:
         under "reason" why a row has none."""
         raise NotImplementedError
 
-    def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate]:
-        """Scores of all rows, (found.n,), and what is known of them, from the columns of `score`; where
+    def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate, Judgements]:
+        """Scores of all rows, (found.n,), what is known of them and of each, from the columns of `score`; where
         `needs_all_rows`."""
         raise NotImplementedError
 
@@ -190,8 +198,8 @@ def put_together(writer: ScoreWriter, method: Method, state: State) -> ForValueS
     if not len(index):
         why = next((reason for reason in reasons if reason is not None), "no rows")
         raise ValueError(f"{ROWS}: none of {len(reasons)} can be scored ({why}).")
-    found = Found(partial(_scored, writer), len(index))
-    values, noise = method.finish(state, found)
+    found = Found(partial(_scored, writer), np.array(digests, dtype="U16")[index])
+    values, noise, judgements = method.finish(state, found)
     return ForValueScores.of_scored(
         reasons,
         index,
@@ -200,6 +208,7 @@ def put_together(writer: ScoreWriter, method: Method, state: State) -> ForValueS
         found.column("n_labelled"),
         {"noise": noise.to_dict()},
         digests,
+        judgements,
     )
 
 

@@ -8,8 +8,11 @@ evidence than the validation rows but some of their answers are wrong; expectati
         T[c, o] =  share of rows of right answer c that are observed as o, drawn to symmetric noise
     M   p       =  softmax regression on validation rows and on training rows with targets q
 
-The rows are in folds: the p that judges a row was fitted without its fold, so no row vouches for itself. The score is
-the log of the odds that the observed answer is right. Imports torch and numpy.
+Nothing vouches for itself. There is a chain for each fold of the validation rows that never sees that fold, the soft
+targets of training rows included; within a chain the p that judges a training row was fitted without its fold. What
+chain k says of validation fold k is evidence: it chooses the temperature, and whether training rows are used at all.
+The score of a training row is the log of the odds that its observed answer is right, the mean over the chains. Folds
+are drawn in the order of the rows: give them in one that follows their content. Imports torch and numpy.
 
 An answer that no validation row has is learned from the training rows that show it, if there are two or more. Answers
 that come once in all are one answer, "another", that nothing speaks for: they get low odds.
@@ -19,7 +22,7 @@ Shapes: M validation rows, N training rows that are fitted on, F features, K ans
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,13 +30,18 @@ from torch import Tensor
 
 from ..core.fit import fit_softmax, logits
 from ..core.stats import auc, power_of_moment
+from ..scores.noise import USEFUL_AUC
 
-FOLDS = 5
+FOLDS, TRAIN_FOLDS = 5, 2
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0)
 # A stiff ridge and few rounds: at a loose one, more rounds confirm what they started from.
 EM_RIDGE, EM_ROUNDS, EM_ITERATIONS = 30.0, 2, 30
 # Ridge of the whitening, of a correlation matrix.
 WHITENING_RIDGE = 0.01
+# Standard errors on either side of a 95 % interval; how often rows are drawn again for one.
+INTERVAL, DRAWS = 1.96, 200
+# An answer is judged if so many validation rows have it; so many rows' worth of the share is mixed into its odds.
+MIN_OF_CLASS, FEW = 3, 2.0
 TEMPERATURES = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 
 
@@ -44,29 +52,35 @@ class LabelFit:
     Args:
         log_odds: (N,), of the observed answer being right.
         noise_share: estimated share of wrong answers among the training rows.
-        flipped_auc: chance that a validation row's answer gets better odds than a wrong one of another, out of fold.
+        share_error: standard error of that, from the sampling of both sides.
+        flipped_auc: chance that a validation row's answer gets better odds than a wrong one of another, by the chains
+            that have not seen it.
+        auc_interval: 95 %, from the sampling of the validation rows.
         likelihood: mean log p of the validation rows' answers, out of fold: from validation rows alone, and with
             training rows.
     """
 
     log_odds: np.ndarray
     noise_share: float
+    share_error: float
     flipped_auc: float
+    auc_interval: tuple[float, float]
     likelihood: tuple[float, float]
     _map: FeatureMap = field(repr=False)
-    _models: list[Tensor] = field(repr=False)
-    _temperature: float = field(repr=False)
-    _flips: Tensor = field(repr=False)
+    _chains: _Chains = field(repr=False)
+    _odds: Odds = field(repr=False)
     _answers: Answers = field(repr=False)
+
+    def judged(self, observed_N: np.ndarray) -> np.ndarray:
+        """Which rows are judged, (N,) bool: those whose answer has `MIN_OF_CLASS` validation rows."""
+        return self._odds.counts[self._answers.numbers(observed_N)] >= MIN_OF_CLASS
 
     def judge(self, features_NF: Tensor, observed_N: np.ndarray) -> np.ndarray:
         """Log odds of further rows, (N,), in turn by the models of the folds, which have seen none of them."""
         z = self._map(features_NF)
-        observed = torch.from_numpy(self._answers.numbers(observed_N)).to(z.device)
-        log_p = torch.zeros(len(z), len(self._flips), dtype=torch.float64, device=z.device)
-        for k, model in enumerate(self._models):
-            log_p[k::FOLDS] = (logits(model, z[k::FOLDS]).double() * self._temperature).log_softmax(1)
-        return _log_odds(log_p, self._flips, observed)
+        numbers = self._answers.numbers(observed_N)
+        turn = torch.arange(len(z), device=z.device) % TRAIN_FOLDS
+        return self._odds(self._chains.log_odds(z, turn, torch.from_numpy(numbers).to(z.device)), numbers)
 
 
 class Answers:
@@ -142,30 +156,21 @@ def fit_labels(
     if answers.n < 2:
         raise ValueError("all answers are the same: there is no wrong one to be found.")
     feature_map = FeatureMap(x, standardised)
-    z = feature_map(x)
     rng = np.random.default_rng(seed)
-    sides = _Sides(z, answers.numbers(known_M), answers.numbers(observed_N), answers, rng)
-    alone, temperature, models = _on_validation_rows(sides)
-    likelihood = alone
+    sides = _Sides(feature_map(x), answers.numbers(known_M), answers.numbers(observed_N), answers, rng)
+    first = _on_validation_rows(sides)
+    share, error = _share_by_moments(sides, first)
+    chains = first
     for _ in range(EM_ROUNDS):
-        truth, _ = expectation(sides.judged(models, temperature), sides.observed)
-        models = _with_training_rows(sides, models, truth)
-        likelihood, temperature = _tempered(sides.out_of_fold(models), sides.onehot)
-    log_p = sides.judged(models, temperature)
-    truth, flips = expectation(log_p, sides.observed)
-    rows = torch.arange(len(log_p), device=z.device)
-    judged = (sides.out_of_fold(models).double() * temperature).log_softmax(1)
-    return LabelFit(
-        _log_odds(log_p, flips, sides.observed),
-        float(1 - truth[rows, sides.observed].mean()),
-        _flipped_auc(judged, sides.known_M, rng),
-        (alone, likelihood),
-        feature_map,
-        models,
-        temperature,
-        flips,
-        answers,
-    )
+        chains = _with_training_rows(sides, chains)
+    likelihood = (first.likelihood, chains.likelihood)
+    if first.likelihood > chains.likelihood:  # training rows do not help to predict answers that are right
+        chains = first
+    odds = Odds(np.bincount(sides.known_M, minlength=answers.n), share, error)
+    flipped, interval = _flipped_auc(sides.out_of_fold(chains).double() * chains.temperature, sides.known_M, rng)
+    raw = chains.log_odds(sides.train, sides.train_fold, sides.observed)
+    log_odds = odds.calibrated(raw, sides.observed.cpu().numpy(), interval[0] >= USEFUL_AUC)
+    return LabelFit(log_odds, share, error, flipped, interval, likelihood, feature_map, chains, odds, answers)
 
 
 class _Sides:
@@ -177,10 +182,8 @@ class _Sides:
         device = z.device
         self.known_M = known_M
         self.known, self.train = z[: len(known_M)], z[len(known_M) :]
-        fold = rng.permutation(len(known_M)) % FOLDS
-        train_fold = rng.permutation(len(observed_N)) % FOLDS
-        self.others = [torch.from_numpy(fold != k).to(device) for k in range(FOLDS)]
-        self.train_others = [torch.from_numpy(train_fold != k).to(device) for k in range(FOLDS)]
+        self.fold = torch.from_numpy(rng.permutation(len(known_M)) % FOLDS).to(device)
+        self.train_fold = torch.from_numpy(rng.permutation(len(observed_N)) % TRAIN_FOLDS).to(device)
         self.observed = torch.from_numpy(observed_N).to(device)
         eye = torch.eye(answers.n, dtype=z.dtype, device=device)
         self.onehot, self.observed_onehot = eye[torch.from_numpy(known_M).to(device)], eye[self.observed]
@@ -188,53 +191,157 @@ class _Sides:
         unknown = ~np.isin(observed_N, known_M) & (observed_N != answers.another)
         self.unknown = torch.from_numpy(unknown).to(device)
 
-    def out_of_fold(self, models: list[Tensor]) -> Tensor:
-        """Logits of the validation rows, (M, K)."""
+    def out_of_fold(self, chains: _Chains) -> Tensor:
+        """Logits of the validation rows by the chains that have not seen them, (M, K)."""
         out = torch.zeros_like(self.onehot)
-        for model, kept in zip(models, self.others, strict=True):
-            out[~kept] = logits(model, self.known[~kept])
+        for k, models in enumerate(chains.models):
+            here = self.fold == k
+            out[here] = torch.stack([logits(model, self.known[here]) for model in models]).mean(0)
         return out
 
-    def judged(self, models: list[Tensor], temperature: float) -> Tensor:
-        """log p of the training rows by the models that have not seen them, float64 (N, K)."""
-        log_p = torch.zeros(self.observed_onehot.shape, dtype=torch.float64, device=self.train.device)
-        for model, kept in zip(models, self.train_others, strict=True):
-            log_p[~kept] = (logits(model, self.train[~kept]).double() * temperature).log_softmax(1)
-        return log_p
+
+@dataclass(frozen=True)
+class _Chains:
+    """Models by validation fold and training fold that they have not seen, and what they say of their fold.
+
+    Args:
+        models: FOLDS x TRAIN_FOLDS coefficients.
+        flips: the noise T of each chain, (FOLDS, K, K).
+        temperature: factor on the logits with the best likelihood of the validation rows' answers, out of fold.
+        likelihood: that, per row.
+    """
+
+    models: list[list[Tensor]]
+    flips: list[Tensor]
+    temperature: float
+    likelihood: float
+
+    def log_p(self, k: int, z_NF: Tensor, fold_N: Tensor) -> Tensor:
+        """By chain k, (N, K) float64: each row by the model that has not seen its training fold."""
+        out = torch.zeros(len(z_NF), self.flips[k].shape[0], dtype=torch.float64, device=z_NF.device)
+        for j, model in enumerate(self.models[k]):
+            here = fold_N == j
+            out[here] = (logits(model, z_NF[here]).double() * self.temperature).log_softmax(1)
+        return out
+
+    def log_odds(self, z_NF: Tensor, fold_N: Tensor, observed: Tensor) -> np.ndarray:
+        """Of the observed answers being right, (N,), the mean over the chains."""
+        chains = range(len(self.models))
+        return np.mean([_log_odds(self.log_p(k, z_NF, fold_N), self.flips[k], observed) for k in chains], 0)
 
 
-def _on_validation_rows(sides: _Sides) -> tuple[float, float, list[Tensor]]:
-    """The ridge with the best likelihood out of fold: that, the temperature, and a model for each fold."""
-    known, train, unknown = sides.known, sides.train, sides.unknown
-    candidates = []
-    models = [known.new_zeros(known.shape[1] + 1, sides.onehot.shape[1])] * FOLDS
+def _chains(sides: _Sides, models: list[list[Tensor]]) -> _Chains:
+    """Models with their temperature, and the noise that each chain sees."""
+    n = sides.onehot.shape[1]
+    none = [torch.eye(n, dtype=torch.float64, device=sides.known.device)] * FOLDS
+    likelihood, temperature = _tempered(sides.out_of_fold(_Chains(models, none, 1.0, 0.0)), sides.onehot)
+    chains = _Chains(models, none, temperature, likelihood)
+    judged = (chains.log_p(k, sides.train, sides.train_fold) for k in range(FOLDS))
+    return replace(chains, flips=[expectation(log_p, sides.observed)[1] for log_p in judged])
+
+
+def _on_validation_rows(sides: _Sides) -> _Chains:
+    """Chains of validation rows alone, at the ridge with the best likelihood out of fold."""
+    n_unseen = int(sides.unknown.sum())
+    found = []
+    models = [[sides.known.new_zeros(sides.known.shape[1] + 1, sides.onehot.shape[1])] * TRAIN_FOLDS] * FOLDS
     for ridge in RIDGES:  # from stiff to loose, each started where the last one ended
-        models = [
-            fit_softmax(
-                torch.cat([known[kept], train[unknown & train_kept]]),
-                torch.cat([sides.onehot[kept], sides.observed_onehot[unknown & train_kept]]),
-                ridge,
-                start_FK=start,
-            )
-            for kept, train_kept, start in zip(sides.others, sides.train_others, models, strict=True)
-        ]
-        candidates.append((*_tempered(sides.out_of_fold(models), sides.onehot), models))
-    return max(candidates, key=lambda candidate: candidate[0])
+        fitted = []
+        for k in range(FOLDS):
+            kept = sides.fold != k
+            row = []
+            for j in range(TRAIN_FOLDS if n_unseen else 1):
+                more = sides.unknown & (sides.train_fold != j)
+                x = torch.cat([sides.known[kept], sides.train[more]])
+                targets = torch.cat([sides.onehot[kept], sides.observed_onehot[more]])
+                row.append(fit_softmax(x, targets, ridge, start_FK=models[k][j]))
+            fitted.append(row if n_unseen else row * TRAIN_FOLDS)
+        models = fitted
+        found.append((_tempered(sides.out_of_fold(_Chains(models, [], 1.0, 0.0)), sides.onehot)[0], models))
+    return _chains(sides, max(found, key=lambda one: one[0])[1])
 
 
-def _with_training_rows(sides: _Sides, models: list[Tensor], truth: Tensor) -> list[Tensor]:
-    """The models fitted on both sides, a training row with the answers that are right as far as is known."""
-    known, train = sides.known, sides.train
-    return [
-        fit_softmax(
-            torch.cat([known[kept], train[train_kept]]),
-            torch.cat([sides.onehot[kept], truth[train_kept].to(known.dtype)]),
-            EM_RIDGE,
-            start_FK=model,
-            iterations=EM_ITERATIONS,
-        )
-        for model, kept, train_kept in zip(models, sides.others, sides.train_others, strict=True)
-    ]
+def _with_training_rows(sides: _Sides, chains: _Chains) -> _Chains:
+    """The chains fitted on both sides, a training row with the answers that are right as far as its chain knows."""
+    fitted = []
+    for k in range(FOLDS):
+        truth, _ = expectation(chains.log_p(k, sides.train, sides.train_fold), sides.observed)
+        kept, row = sides.fold != k, []
+        for j in range(TRAIN_FOLDS):
+            others = sides.train_fold != j
+            x = torch.cat([sides.known[kept], sides.train[others]])
+            targets = torch.cat([sides.onehot[kept], truth[others].to(x.dtype)])
+            start = chains.models[k][j]
+            row.append(fit_softmax(x, targets, EM_RIDGE, start_FK=start, iterations=EM_ITERATIONS))
+        fitted.append(row)
+    return _chains(sides, fitted)
+
+
+def _share_by_moments(sides: _Sides, chains: _Chains) -> tuple[float, float]:
+    """Share of wrong answers among the training rows, and its standard error.
+
+    With a the mean p of validation rows' own answers, out of fold, and b that of the others, training rows of which a
+    share s have wrong answers have the mean p of their observed ones `(1 - s) a + s b`. Of rows that are judged: a
+    validation row that is the only one of its answer has p near 0 out of fold, and says nothing of training rows.
+    """
+    p = (sides.out_of_fold(chains).double() * chains.temperature).softmax(1).cpu().numpy()
+    known = np.bincount(sides.known_M, minlength=p.shape[1]) >= MIN_OF_CLASS
+    if not known.any():
+        return 0.0, 1.0
+    own = p[np.arange(len(p)), sides.known_M][known[sides.known_M]]
+    judged = torch.stack([chains.log_p(k, sides.train, sides.train_fold) for k in range(FOLDS)]).exp().mean(0)
+    observed = sides.observed.cpu().numpy()
+    seen = judged.cpu().numpy()[np.arange(len(observed)), observed][known[observed]]
+    if not len(seen):
+        return 0.0, 1.0
+    a, b = float(own.mean()), float((1 - own).mean() / (p.shape[1] - 1))
+    span = max(a - b, 1e-3)
+    share = (a - float(seen.mean())) / span
+    error = np.sqrt(own.var() / len(own) * (1 - share) ** 2 + seen.var() / len(seen)) / span
+    return float(np.clip(share, 0, 1)), float(min(error, 1.0))
+
+
+class Odds:
+    """Log odds as they are given: calibrated to the share of noise there seems to be, careful where little is known.
+
+    Args:
+        counts: validation rows of each answer, (K,).
+        share, error: of wrong answers, estimated, and its standard error.
+    """
+
+    def __init__(self, counts: np.ndarray, share: float, error: float):
+        self.counts, self.share, self.error = counts, share, error
+        self.shift = 0.0
+
+    def calibrated(self, log_odds: np.ndarray, observed: np.ndarray, useful: bool) -> np.ndarray:
+        """Log odds, (N,), shifted so that they say the share that there is and put no more rows below 0 than the upper
+        end of its interval. Where nothing tells right from wrong (not `useful`), or the share may be none, its lower
+        end counts: what is not known to be noise stays."""
+        spread = INTERVAL * self.error
+        useful = useful and self.share > spread
+        likely = self.share if useful else max(0.0, self.share - spread)
+        low, high = -20.0, 20.0
+        for _ in range(50):
+            self.shift = (low + high) / 2
+            noise = 1 / (1 + np.exp(np.clip(self(log_odds, observed), -50, 50)))
+            low, high = (self.shift, high) if noise.mean() > likely else (low, self.shift)
+        most = int(min(1.0, likely + spread if useful else likely) * len(log_odds))
+        while (self(log_odds, observed) < 0).sum() > most:
+            self.shift += 0.25
+        values = self(log_odds, observed)
+        for answer in np.unique(observed):  # no answer goes altogether: its best row stays
+            rows = np.flatnonzero(observed == answer)
+            best = rows[values[rows].argmax()]
+            values[best] = max(values[best], 0.0)
+        return values
+
+    def __call__(self, log_odds: np.ndarray, observed: np.ndarray) -> np.ndarray:
+        """Of an answer with few validation rows the odds are drawn to the share's, and of one with hardly any they are
+        no less: it is not judged."""
+        n = self.counts[observed]
+        prior = np.log((1 - min(self.share, 0.45)) / max(min(self.share, 0.45), 0.01))
+        drawn = (n * (log_odds + self.shift) + FEW * prior) / (n + FEW)
+        return np.where(n >= MIN_OF_CLASS, drawn, np.maximum(drawn, prior))
 
 
 def _log_odds(log_p: Tensor, flips: Tensor, observed: Tensor) -> np.ndarray:
@@ -272,11 +379,18 @@ def _tempered(logits_MK: Tensor, onehot_MK: Tensor) -> tuple[float, float]:
     return likelihoods[best], best
 
 
-def _flipped_auc(log_p_MK: Tensor, known_M: np.ndarray, rng: np.random.Generator) -> float:
-    """AUC of the log odds of the validation rows' own answers against those of an answer that is wrong on purpose."""
+def _flipped_auc(
+    logits_MK: Tensor, known_M: np.ndarray, rng: np.random.Generator
+) -> tuple[float, tuple[float, float]]:
+    """AUC of the log odds of the validation rows' own answers against those of an answer that is wrong on purpose, and
+    its 95 % interval over validation rows drawn again."""
+    log_p_MK = logits_MK.log_softmax(1)
     log_odds = (log_p_MK - torch.log1p(-log_p_MK.exp().clamp(max=1 - 1e-12))).cpu().numpy()
     n_known = int(known_M.max()) + 1
     n = n_known if n_known > 1 else log_odds.shape[1]
     wrong = (known_M + rng.integers(1, n, len(known_M))) % n
     rows = np.arange(len(known_M))
-    return auc(log_odds[rows, known_M], log_odds[rows, wrong])
+    right, flipped = log_odds[rows, known_M], log_odds[rows, wrong]
+    drawn = [rng.integers(len(rows), size=len(rows)) for _ in range(DRAWS)]
+    low, high = np.quantile([auc(right[some], flipped[some]) for some in drawn], [0.025, 0.975])
+    return auc(right, flipped), (float(low), float(high))

@@ -17,9 +17,10 @@ from ..data.sample import Sample
 from ..model.positions import Columns, Positions
 from ..model.run import Run
 from ..progress import Plan, aside
+from ..scores.judgements import Judgements
 from ..scores.noise import USEFUL_AUC, Evidence, NoiseEstimate
 from .base import LOG_ODDS, VALIDATION, Found, Method, State, measured, reasons_unless
-from .label_fit import fit_labels
+from .label_fit import MIN_OF_CLASS, fit_labels
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,9 @@ class LabelModel(Method):
             )
         features = torch.from_numpy(known["features"])
         narrow = {} if features.shape[1] <= MAX_FEATURES else narrowing(features)
-        return {**narrow, "features": narrowed(narrow, features), "answer": known["answer"], "last": known["last"]}
+        order = np.argsort(known["digest"], kind="stable")  # folds follow the content of rows, not their place
+        kept = {"features": narrowed(narrow, features)[order], "answer": known["answer"][order]}
+        return {**narrow, **kept, "last": known["last"]}
 
     def score(self, state: State, head: Head, positions: Positions) -> Columns:
         assert positions.prompt_RD is not None
@@ -75,7 +78,7 @@ class LabelModel(Method):
             "reason": reasons,
         }
 
-    def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate]:
+    def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate, Judgements]:
         answers = found.column("answer")
         _warn_of_other_forms(state, answers, found.column("last"))
         some = found.some()
@@ -88,26 +91,41 @@ class LabelModel(Method):
             all_observed=answers,
             standardised="directions" in state,
         )
+        values = np.zeros(found.n)
         if found.n > len(some):
-            parts = [
-                fit.judge(torch.from_numpy(columns["features"]), columns["answer"]) for columns in found.windows()
-            ]
+            parts = [fit.judge(torch.from_numpy(part["features"]), part["answer"]) for part in found.windows()]
             values = np.concatenate(parts)
-        else:
-            values = np.zeros(found.n)
         values[some] = fit.log_odds
-        if fit.flipped_auc < USEFUL_AUC:
+        if fit.auc_interval[0] < USEFUL_AUC:
             with aside():
                 logger.warning(
-                    "on the validation rows a wrong answer is told from the right one with AUC %.2f: do not filter by "
-                    "this",
+                    "on the validation rows a wrong answer is told from the right one with AUC %.2f (95 %%: %.2f to "
+                    "%.2f): do not filter by this",
                     fit.flipped_auc,
+                    *fit.auc_interval,
                 )
-        evidence = {"flipped": Evidence(fit.flipped_auc)}
-        n_validation, n_answers = len(state["answer"]), len(np.union1d(state["answer"], answers))
-        return values, NoiseEstimate(
-            fit.noise_share, evidence, n_validation, n_answers=n_answers, likelihood=fit.likelihood
+        n_unjudged = int((~fit.judged(answers)).sum())
+        if n_unjudged:
+            with aside():
+                logger.warning(
+                    "%d of %d rows have an answer of fewer than %d validation rows: they are not judged, and kept",
+                    n_unjudged,
+                    found.n,
+                    MIN_OF_CLASS,
+                )
+        noise = NoiseEstimate(
+            fit.noise_share,
+            {"flipped": Evidence(fit.flipped_auc, fit.auc_interval)},
+            len(state["answer"]),
+            n_answers=len(np.union1d(state["answer"], answers)),
+            share_error=fit.share_error,
+            n_unjudged=n_unjudged,
+            likelihood=fit.likelihood,
         )
+        judgements = Judgements.none(found.n)
+        judgements.probability = np.where(fit.judged(answers), 1 / (1 + np.exp(values)), np.nan)
+        judgements.kind = ["wrong answer" if p > 0.5 else None for p in judgements.probability]
+        return values, noise, judgements
 
 
 def share_repeated(validation: Sequence[Sample]) -> float:

@@ -34,12 +34,21 @@ def about_noise(noise: NoiseEstimate) -> list[str]:
     """The evidence, and how much noise there seems to be."""
     if noise.n_answers is not None:
         (found,) = noise.evidence.values()
-        hint = ": do not filter by this" if found.auc < USEFUL_AUC else ""
-        return [
+        low, high = found.interval or (found.auc, found.auc)
+        hint = ": do not filter by this" if low < USEFUL_AUC else ""
+        share = f"noise       estimated share of wrong answers {noise.share:.2f}"
+        if noise.share_error is not None:
+            spread = 1.96 * noise.share_error
+            share += f" (95 %: {max(0.0, noise.share - spread):.2f} to {min(1.0, noise.share + spread):.2f})"
+        lines = [
             f"evidence    on your {noise.n_validation} validation rows a wrong answer put in on purpose is told from "
-            f"the right one with AUC {found.auc:.2f} (cross-fitted; {noise.n_answers} different answers){hint}",
-            f"noise       estimated share of wrong answers {noise.share:.2f}",
+            f"the right one with AUC {found.auc:.2f} (95 %: {low:.2f} to {high:.2f}; cross-fitted; {noise.n_answers} "
+            f"different answers){hint}",
+            share,
         ]
+        if noise.n_unjudged:
+            lines.append(f"not judged  {noise.n_unjudged:,} rows, kept: too few validation rows have their answer")
+        return lines
     lines = [f"evidence    on your {noise.n_validation} validation rows against copies corrupted on purpose (AUC, "]
     lines[0] += "cross-fitted):"
     for kind, found in noise.evidence.items():

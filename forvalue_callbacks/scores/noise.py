@@ -16,11 +16,13 @@ class Evidence:
 
     Args:
         auc: of the scores, out of fold.
+        interval: 95 % of it, from the sampling of the validation rows, where that is known.
         best: the single measure that tells it best, and its AUC.
         loss_auc: that of the mean log-likelihood alone.
     """
 
     auc: float
+    interval: tuple[float, float] | None = None
     best: str | None = None
     best_auc: float | None = None
     loss_auc: float | None = None
@@ -36,6 +38,8 @@ class NoiseEstimate:
         evidence: on the validation rows, by kind.
         n_validation: how many of them it rests on.
         n_answers: how many different answers there are, where they repeat; None where the kinds are corrupted copies.
+        share_error: standard error of the share, where that is known.
+        n_unjudged: rows that are kept because too few validation rows have their answer.
         likelihood: mean log p of the validation rows' answers, out of fold: from them alone, and with training rows.
     """
 
@@ -44,6 +48,8 @@ class NoiseEstimate:
     n_validation: int
     shares: dict[str, float] = field(default_factory=dict)
     n_answers: int | None = None
+    share_error: float | None = None
+    n_unjudged: int = 0
     likelihood: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +58,9 @@ class NoiseEstimate:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> NoiseEstimate:
-        evidence = {kind: Evidence(**found) for kind, found in facts["evidence"].items()}
+        evidence = {}
+        for kind, found in facts["evidence"].items():
+            interval = found.get("interval")
+            evidence[kind] = Evidence(**{**found, "interval": None if interval is None else tuple(interval)})
         likelihood = facts.get("likelihood")
         return cls(**{**facts, "evidence": evidence, "likelihood": None if likelihood is None else tuple(likelihood)})

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from .judgements import Judgements
 from .noise import NoiseEstimate
 from .parts import Part, printable
 from .provenance import differing
@@ -37,6 +38,7 @@ class ForValueScores:
         metadata: JSON-able. `metadata["provenance"]` maps each part that determines the scores (weights, validation,
             data, config) to its hash; everything else (versions, the config itself) is for the reader.
         row_digests: N digests of the rows, 16 hex digits each, where they are known.
+        judgements: what is said of each row beside its score, by methods that do.
 
     Raises:
         ValueError: the lengths differ, or a row has neither a score nor a reason, or both.
@@ -48,6 +50,7 @@ class ForValueScores:
     n_labelled: np.ndarray
     metadata: dict[str, Any] = field(default_factory=dict)
     row_digests: list[str] | None = None
+    judgements: Judgements | None = None
 
     def __post_init__(self) -> None:
         self.values = np.asarray(self.values, dtype=np.float64)
@@ -59,6 +62,8 @@ class ForValueScores:
             raise ValueError(f"values, reasons, log_likelihood and n_labelled differ in length: {lengths}")
         if self.row_digests is not None and len(self.row_digests) != len(self):
             raise ValueError(f"{len(self.row_digests):,} digests of {len(self):,} rows")
+        if self.judgements is not None and len(self.judgements) != len(self):
+            raise ValueError(f"{len(self.judgements):,} judgements of {len(self):,} rows")
         for row, (value, reason) in enumerate(zip(self.values, self.reasons, strict=True)):
             if np.isnan(value) != (reason is not None):
                 raise ValueError(f"row {row} has the score {value} and the reason {reason!r}: exactly one is needed")
@@ -73,12 +78,14 @@ class ForValueScores:
         n_labelled: Any,
         metadata: dict[str, Any],
         row_digests: list[str] | None = None,
+        judgements: Judgements | None = None,
     ) -> ForValueScores:
         """Scores of the rows at the places `index`; all others have a reason, get NaN and no labelled tokens."""
         n = len(reasons)
         scores, likelihoods, lengths = np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64)
         scores[index], likelihoods[index], lengths[index] = values, log_likelihood, n_labelled
-        return cls(scores, reasons, likelihoods, lengths, metadata, row_digests)
+        whole = None if judgements is None else judgements.placed(np.asarray(index), n)
+        return cls(scores, reasons, likelihoods, lengths, metadata, row_digests, whole)
 
     @classmethod
     def of_parts(cls, parts: Iterable[Part], metadata: dict[str, Any]) -> ForValueScores:
@@ -163,7 +170,7 @@ class ForValueScores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one Parquet file (row, score, reason, log_likelihood, n_labelled, and digest where the rows' are
-        known); a row without a score has null.
+        known, and the judgements where there are any); a row without a score has null.
 
         The file appears whole or not at all. In the Parquet schema are the metadata, as JSON, the number of rows and a
         checksum.
@@ -177,6 +184,8 @@ class ForValueScores:
         }
         if self.row_digests is not None:
             columns["digest"] = pa.array(self.row_digests, type=pa.string())
+        if self.judgements is not None:
+            columns |= self.judgements.to_arrow()
         write_table(path, pa.table(columns), json.dumps(self.metadata))
 
     @classmethod
@@ -206,6 +215,7 @@ class ForValueScores:
             n_labelled=table["n_labelled"].to_numpy(),
             metadata=metadata,
             row_digests=table["digest"].to_pylist() if "digest" in table.column_names else None,
+            judgements=Judgements.from_arrow(table) if "probability" in table.column_names else None,
         )
 
     @property
