@@ -50,7 +50,8 @@ class ForValueScorer:
 
     Args:
         model: `PreTrainedModel` or `PeftModel` with an output head; left exactly as found.
-        validation_dataset: clean rows of the kind that the fine-tuned model should be good at.
+        validation_dataset: clean rows of the kind that the fine-tuned model should be good at; None where there are
+            none and answers repeat (`method="label_model"` or "auto").
         config: `ForValueConfig`.
         processing_class: tokenizer (or processor) for rows that are not tokenised yet.
         data_collator: the trainer's: it is given copies of the rows, one at a time, and what it makes of them is
@@ -69,7 +70,7 @@ class ForValueScorer:
     def __init__(
         self,
         model: nn.Module,
-        validation_dataset: Iterable[Mapping[str, Any]],
+        validation_dataset: Iterable[Mapping[str, Any]] | None,
         config: ForValueConfig | None = None,
         *,
         processing_class: Any = None,
@@ -106,7 +107,7 @@ class ForValueScorer:
             path: a file for the scores (`ForValueScores.load` reads it). While they are made, what is known lies
                 beside it, a window of rows at a time: a run that was killed goes on where it was.
         """
-        dataset = kept(dataset) if self.config.vocab == "seen" else dataset
+        dataset = kept(dataset) if self.config.vocab == "seen" or self.validation.dataset is None else dataset
         provenance = self.provenance()  # refuses weights that nobody can read
         with self._at_work(dataset, self._plan(dataset)), self._writer(path, dataset) as writer:
             method, state = self.validation.method, self._seen_only(self.validation.state(), dataset)
@@ -232,15 +233,16 @@ class ForValueScorer:
         self.validation.check()
         n = size(dataset)
         rows = "a stream of rows" if n is None else f"{n:,} rows"
-        title = (
-            f"For-Value ({self.config.method}): scoring {rows} by {len(self.validation.samples()):,} validation rows"
-        )
+        n_known = len(self.validation.samples())
+        by = f"by {n_known:,} validation rows" if n_known else "without validation rows"
+        title = f"For-Value ({self.config.method}): scoring {rows} {by}"
         with left_as_found(self.backbone.model), self.run.progress.over(title, plan, self.run.wait):
             yield
 
     def _plan(self, dataset: Iterable[Any]) -> Plan:
         side = self.validation
-        plan = side.method.plan(side.samples(), size(dataset), side.known is not None)
+        side.look_at(dataset)
+        plan = side.method.plan(side.samples() or side.first, size(dataset), side.known is not None)
         if self.config.vocab == "seen":
             plan.passes.insert(len(plan.passes) - 1, Pass(LABELS, size(dataset), 0.0))
         return plan

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .data.sample import Sample
 from .data.sft import RowConfig
 from .methods import METHODS, Method
 from .methods.base import State
+from .methods.label_model import REPEATED, share_repeated
 from .model.backbone import left_as_found
 from .model.fingerprint import digest, hash_weights
 from .model.positions import collated, predicted
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # A row to check a model on should have so many tokens that it can be seen whether they change what came before them.
 ENOUGH_TOKENS = 16
+# Without validation rows so many of the rows to score say what they are like; so many are to be read by hand.
+FIRST_ROWS, WORTH_READING = 256, 300
 
 
 class ValidationSide:
@@ -37,12 +41,20 @@ class ValidationSide:
 
     Args:
         run: runs the model.
-        dataset: validation rows.
+        dataset: validation rows; None: there are none.
         config, row_config: those of the scorer.
     """
 
-    def __init__(self, run: Run, dataset: Iterable[Any], config: ForValueConfig, row_config: RowConfig):
-        self.run, self.dataset, self.config, self.row_config = run, kept(dataset), config, row_config
+    def __init__(self, run: Run, dataset: Iterable[Any] | None, config: ForValueConfig, row_config: RowConfig):
+        self.run, self.config, self.row_config = run, config, row_config
+        self.dataset = None if dataset is None else kept(dataset)
+        if dataset is None and METHODS[config.method].needs_validation:
+            able = " or ".join(repr(name) for name, method in METHODS.items() if not method.needs_validation)
+            raise ValueError(
+                f"method={config.method!r} needs a validation_dataset, clean rows of the kind to become good at; "
+                f"without one, method={able} finds wrong answers where answers repeat."
+            )
+        self.first: list[Sample] = []
         self.known: State | None = None
         self.n_rows = 0
         self._samples: list[Sample] | None = None
@@ -58,6 +70,9 @@ class ValidationSide:
         """
         if self._samples is None:
             refuse_other_settings(self._settings())
+            if self.dataset is None:
+                self._samples = []
+                return self._samples
             with together("reading the validation rows") as work:
                 rows = list(self.run.reader.samples(self.dataset))
                 bad = [f"row {row.index}: {row.reason}" for row in rows if row.reason is not None]
@@ -106,6 +121,28 @@ class ValidationSide:
         del config["direction_cache"]
         return config
 
+    def look_at(self, dataset: Iterable[Any]) -> None:
+        """The first rows of those to score, where no validation rows can say what they are like.
+
+        Raises:
+            ValueError: none can be scored, or answers do not repeat.
+        """
+        if self.dataset is not None or self.first:
+            return
+        with together("reading the first rows"):
+            rows = list(islice(self.run.reader.samples(dataset), FIRST_ROWS))
+            self.first = [row for row in rows if row.reason is None]
+            if not self.first:
+                raise ValueError(
+                    f"none of the first {len(rows)} rows can be scored ({rows[0].reason if rows else ''})."
+                )
+            if (repeated := share_repeated(self.first)) < REPEATED:
+                raise ValueError(
+                    "without validation rows only wrong answers among answers that repeat can be found, and "
+                    f"{repeated:.0%} of the first {len(self.first)} rows share theirs with another: read "
+                    f"{WORTH_READING} rows, chosen at random, and give those that are right as the validation_dataset."
+                )
+
     def check(self) -> None:
         """Before anything is computed: finds out how the model is to be run, or refuses it."""
         if self._checked:
@@ -116,7 +153,9 @@ class ValidationSide:
             file = self._file()
             if file is not None and world()[0] == 0 and not os.path.isdir(file.parent):
                 make_folder(file.parent)  # one that is there and cannot be written costs a warning, later
-            short = min(self.samples(), key=lambda sample: abs(sample.n_read - ENOUGH_TOKENS)).segments[0]
+            short = min(self.samples() or self.first, key=lambda sample: abs(sample.n_read - ENOUGH_TOKENS)).segments[
+                0
+            ]
             inputs = collated([short])
             ids = inputs.get(self.run.backbone.ids_name)
             self.run.backbone.check(inputs, predicted(short, ids) if isinstance(ids, torch.Tensor) else None)
@@ -134,7 +173,10 @@ class ValidationSide:
                 self.known = {name: torch.from_numpy(array).to(head.weight.device) for name, array in arrays.items()}
             else:
                 with left_as_found(self.run.backbone.model):
-                    self.known = self.method.fit(self.run, self.samples())
+                    samples = self.samples()
+                    self.known = (
+                        self.method.fit(self.run, samples) if samples else self.method.fit_alone(self.run, self.first)
+                    )
                 if file is not None and world()[0] == 0:
                     save_state(file, {name: tensor.cpu().numpy() for name, tensor in self.known.items()})
         return self.known

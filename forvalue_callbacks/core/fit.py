@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ MAX_POSITIONS, CROSS_VALIDATED_POSITIONS = 8192, 4096
 # Added to the eigenvalues of the second moment, as a share of their mean.
 FLOOR = 1e-2
 SOFTMAX_ITERATIONS = 100
+# Steps that L-BFGS remembers; those of a fit of the head are fewer.
+HISTORY = 8
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class _Problem:
             for at in places:
                 yield -self._log_p(move_SD, at).sum()
 
-        return _minimum(loss, start_SD, iterations, tolerance=1e-4)
+        return minimum(by_autograd(loss), start_SD, iterations, tolerance=1e-4)
 
     def curve(self, fold_T: Tensor, n_folds: int) -> dict[float, float]:
         """Held-out log-likelihood per position for each ridge tried, from stiff to loose, inf for no move."""
@@ -166,13 +169,13 @@ def _inverse_fourth_root(hidden_TD: Tensor) -> Tensor:
     return (root / (hidden @ root).square().mean().sqrt()).to(hidden_TD.dtype)
 
 
-def logits(coefficients_FK: Tensor, features_NF: Tensor) -> Tensor:
+def logits(coefficients_FK: Tensor, features_NF: Any) -> Tensor:
     """(N, K); the last row of the coefficients is the intercept."""
-    return torch.addmm(coefficients_FK[-1], features_NF, coefficients_FK[:-1])
+    return features_NF @ coefficients_FK[:-1] + coefficients_FK[-1]
 
 
 def fit_softmax(
-    features_NF: Tensor,
+    features_NF: Any,
     targets_NK: Tensor,
     ridge: float,
     *,
@@ -185,7 +188,7 @@ def fit_softmax(
         sum_n sum_k targets[n, k] * log softmax(B^T [x_n, 1])[k]  -  ridge / 2 * ||B[:-1]||^2
 
     Args:
-        features_NF: standardised features.
+        features_NF: standardised features; or a matrix that is not dense, with a shape, `.T`, `@` and `new_zeros`.
         targets_NK: >= 0; a row's sum is its weight.
         start_FK: where to start; zeros by default.
         intercept_ridge: of the intercept, so that a class without rows has a finite one.
@@ -195,33 +198,46 @@ def fit_softmax(
     penalty = torch.full_like(start[:, :1], ridge)
     penalty[-1] = intercept_ridge
 
-    def loss(coefficients_FK: Tensor) -> Iterator[Tensor]:
+    weight_N1 = targets_NK.sum(1, keepdim=True)
+
+    def loss_and_gradient(coefficients_FK: Tensor) -> tuple[float, Tensor]:
         log_p = logits(coefficients_FK, features_NF).log_softmax(1)
-        yield 0.5 * (penalty * coefficients_FK.square()).sum() - (targets_NK * log_p).sum()
+        loss = 0.5 * (penalty * coefficients_FK.square()).sum() - (targets_NK * log_p).sum()
+        residual_NK = log_p.exp_() * weight_N1 - targets_NK
+        gradient_FK = torch.cat([features_NF.T @ residual_NK, residual_NK.sum(0, keepdim=True)])
+        return float(loss), gradient_FK.add_(penalty * coefficients_FK)
 
-    return _minimum(loss, start, iterations, tolerance=1e-5)
+    return minimum(loss_and_gradient, start, iterations, tolerance=1e-2)
 
 
-def _minimum(
-    loss: Callable[[Tensor], Iterable[Tensor]], start: Tensor, iterations: int, *, tolerance: float
-) -> Tensor:
-    """Where L-BFGS gets from a start.
+def by_autograd(loss: Callable[[Tensor], Iterable[Tensor]]) -> Callable[[Tensor], tuple[float, Tensor]]:
+    """A loss in parts that are summed, with its gradient; each is differentiated before the next is made, so that one
+    graph is held."""
 
-    Args:
-        loss: in parts that are summed; each is differentiated before the next is made, so that one graph is held.
-        tolerance: of the largest entry of the gradient.
-    """
-    x = start.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS([x], max_iter=iterations, tolerance_grad=tolerance, line_search_fn="strong_wolfe")
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        total = 0.0
+    def loss_and_gradient(x: Tensor) -> tuple[float, Tensor]:
+        total, x = 0.0, x.clone().requires_grad_(True)
         with torch.enable_grad():
             for part in loss(x):
                 part.backward()
                 total += part.item()
+        assert x.grad is not None
+        return total, x.grad
+
+    return loss_and_gradient
+
+
+def minimum(
+    loss_and_gradient: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, iterations: int, *, tolerance: float
+) -> Tensor:
+    """Where L-BFGS gets from a start; `tolerance` is of the largest entry of the gradient."""
+    x = start.detach().clone()
+    optimizer = torch.optim.LBFGS(
+        [x], max_iter=iterations, tolerance_grad=tolerance, history_size=HISTORY, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> float:
+        total, x.grad = loss_and_gradient(x)
         return total
 
     optimizer.step(closure)
-    return x.detach()
+    return x

@@ -46,13 +46,14 @@ class Auto(Method):
     )
     unit = LOG_ODDS
     needs_all_rows = True
+    needs_validation = False
     finishing = "weighing the evidence"
     reads_prompt = True
     parts = ("rows", "answers alone")
     bos = 0
 
     def chosen(self, validation: Sequence[Sample]) -> Method:
-        if share_repeated(validation) >= REPEATED:
+        if not validation or share_repeated(validation) >= REPEATED:
             return LabelModel()
         _refuse_unless_judged_by_tokens(validation)
         return self

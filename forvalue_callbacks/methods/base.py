@@ -29,7 +29,7 @@ NOT_FINITE = f"non-finite score: {OVERFLOW}"
 # Rows that a method with `needs_all_rows` learns from at most: what it keeps in memory of them.
 MAX_ROWS = 16384
 # The passes that all methods have, by name.
-VALIDATION, ROWS = "validation rows", "rows to score"
+VALIDATION, FIRST, ROWS = "validation rows", "first rows", "rows to score"
 
 State = Mapping[str, Any]
 
@@ -111,7 +111,8 @@ class Method:
         tokenwise: tokens have scores of their own, which sum to the row's, along a move of the head.
         pairwise: so have pairs of a row and a validation row, whose mean is the row's.
         needs_all_rows: scores depend on all rows that are scored together (`finish`).
-        reads_prompt: the run gives the mean state of the prompt.
+        reads_prompt: the run gives the mean state of the prompt; `reads_middle`: and states of a middle layer.
+        needs_validation: else it does without validation rows where answers repeat.
         normalizations: of `ForValueConfig(normalize=...)`.
         vocabularies: of `ForValueConfig(vocab=...)`.
         parts: what is read of a row, by name; one forward pass each.
@@ -125,6 +126,8 @@ class Method:
     pairwise: ClassVar[bool] = False
     needs_all_rows: ClassVar[bool] = False
     reads_prompt: ClassVar[bool] = False
+    reads_middle: ClassVar[bool] = False
+    needs_validation: ClassVar[bool] = True
     normalizations: ClassVar[tuple[str, ...]] = ("none",)
     vocabularies: ClassVar[tuple[str, ...]] = ("full",)
     parts: ClassVar[tuple[str, ...]] = ("rows",)
@@ -152,6 +155,11 @@ class Method:
 
         A mapping of tensors alone where rows are scored by themselves: it is kept for other processes then.
         """
+        raise NotImplementedError
+
+    def fit_alone(self, run: Run, first: Sequence[Sample]) -> State:
+        """What there is to know without validation rows, from the first rows of those to score; where not
+        `needs_validation`."""
         raise NotImplementedError
 
     def shapes(self, head: Head) -> dict[str, tuple[int, ...]]:

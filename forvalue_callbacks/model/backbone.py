@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,9 @@ from .kinds import classifies, first_input, head_module, kind_of, logits_of
 from .unembedding import left_as_found, linear_map, named_transforms
 
 __all__ = ["Backbone", "left_as_found"]
+
+# How deep the middle layer lies, as a share: where states say most of meaning (2511.04715).
+MIDDLE = 2 / 3
 
 
 class _HeadReached(Exception):  # noqa: N818 (it stops a forward pass, nothing went wrong)
@@ -316,6 +319,31 @@ class Backbone:
                 for i, m in enumerate(mask)
             ]
             return torch.cat([self.run(row) for row in rows])
+
+    @contextmanager
+    def watched_middle(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """What the layer at two thirds of the depth gives, put into a list at each forward pass: (B, L, D), or others
+        where an image's layers are as many. Nothing where no such layer is known."""
+        seen: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(output if isinstance(output, Tensor) else output[0])
+
+        hooks = [layer.register_forward_hook(keep) for layer in self._middle_layers if wanted]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @cached_property
+    def _middle_layers(self) -> list[nn.Module]:
+        """By the number of layers: no framework says in public where they are."""
+        n = getattr(self.causal.config.get_text_config(), "num_hidden_layers", None)
+        if self.kind != "causal" or n is None or n < 3:
+            return []
+        stacks = [module for module in self.causal.modules() if isinstance(module, nn.ModuleList) and len(module) == n]
+        return [stack[round(n * MIDDLE) - 1] for stack in stacks]
 
     @property
     def shares_prefixes(self) -> bool:

@@ -27,7 +27,10 @@ class Positions:
     lengths: list[int]  # positions of each
     hidden_TD: Tensor  # inputs of the head, segment after segment
     target_T: Tensor
-    prompt_RD: Tensor | None = None  # mean state up to the one that predicts first, where the run was asked for it
+    # Where the run was asked for them: the mean state up to the one that predicts first; and of a middle layer the one
+    # that predicts first and that mean, side by side (no columns where the layer is not known).
+    prompt_RD: Tensor | None = None
+    middle_RE: Tensor | None = None
     part: int = 0  # which of the parts that a method reads of a row
 
     @property
@@ -65,6 +68,7 @@ class Positions:
                 hidden_TD=self.hidden_TD[places],
                 target_T=self.target_T[places],
                 prompt_RD=None if self.prompt_RD is None else self.prompt_RD[rows],
+                middle_RE=None if self.middle_RE is None else self.middle_RE[rows],
             )
             for rows, places in ((slice(n), slice(cut)), (slice(n, None), slice(cut, None)))
         ]
@@ -126,7 +130,8 @@ def concatenate(batches: Iterable[Positions]) -> Positions:
         lengths=[n for part in parts for n in part.lengths],
         hidden_TD=torch.cat([part.hidden_TD for part in parts]),
         target_T=torch.cat([part.target_T for part in parts]),
-        prompt_RD=None if parts[0].prompt_RD is None else torch.cat([_prompts(part) for part in parts]),
+        prompt_RD=_together([part.prompt_RD for part in parts]),
+        middle_RE=_together([part.middle_RE for part in parts]),
     )
 
 
@@ -156,9 +161,20 @@ def prompt_means(hidden_BLD: Tensor, segments: Sequence[Segment], mask: Any) -> 
     return torch.einsum("bl,bld->bd", weight_BL / weight_BL.sum(1, keepdim=True), states_BLD)
 
 
-def _prompts(positions: Positions) -> Tensor:
-    assert positions.prompt_RD is not None
-    return positions.prompt_RD
+def middle_states(states: Sequence[Tensor], segments: Sequence[Segment], mask: Any) -> Tensor:
+    """Of a layer's states (B, L, D), as many as there are: the one that predicts first and the mean of the prompt,
+    (segments, 2 D), float32 or float64."""
+    if not states:
+        return torch.zeros(len(segments), 0)
+    hidden = states[-1]
+    first = hidden[torch.arange(len(segments)), [int(segment.at[0]) for segment in segments]]
+    means = prompt_means(hidden, segments, mask)
+    return torch.cat([first.to(means), means], 1)
+
+
+def _together(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def tokens_of(segment: Segment) -> np.ndarray:

@@ -20,7 +20,7 @@ from ..data.sample import Sample, Segment
 from ..progress import Progress, aside, size
 from .backbone import Backbone
 from .plan import COLLATED_ROWS, Batch, padded, plan
-from .positions import Columns, Positions, collated, joined, pad, picked, prompt_means, tokens_of
+from .positions import Columns, Positions, collated, joined, middle_states, pad, picked, prompt_means, tokens_of
 from .ranks import is_sharded, of_first_rank, refuse_other_rows, together, world
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class Run:
         n_forwards = [sum(batch.n_forwards for batch in batches) for batches in ranks]
         with nullcontext() if name is None else self.progress.part(name, len(work)):
             for batch in ranks[rank]:
-                for made in self._forward(work, batch, method.reads_prompt, failed):
+                for made in self._forward(work, batch, method, failed):
                     yield replace(made, part=part)
                 tokens = sum(work[i][1].n_read for i in batch.rows)
                 self.progress.update(len(batch.rows) * n_ranks, tokens * n_ranks)
@@ -215,7 +215,7 @@ class Run:
                 self.run([work[last]])
 
     def _forward(
-        self, work: Sequence[tuple[Sample, Segment]], batch: Batch, prompts: bool, failed: dict[int, str] | None
+        self, work: Sequence[tuple[Sample, Segment]], batch: Batch, method: Any, failed: dict[int, str] | None
     ) -> Iterator[Positions]:
         """One forward pass, or several smaller ones where memory runs out."""
         parts = [batch]
@@ -227,7 +227,7 @@ class Run:
                 parts[:0] = part.halves()
                 continue
             try:
-                made = self.run(rows, part.shared, prompts)
+                made = self.run(rows, part.shared, method)
             except NotTogetherError:
                 parts[:0] = [Batch((i,), (0,)) for i in part.rows]
                 continue
@@ -261,9 +261,9 @@ class Run:
         failed[rows[0][0].index] = reason
 
     def run(
-        self, rows: Sequence[tuple[Sample, Segment]], shared: Sequence[int] = (0,), prompts: bool = False
+        self, rows: Sequence[tuple[Sample, Segment]], shared: Sequence[int] = (0,), method: Any = None
     ) -> Positions:
-        """One forward pass over all the rows at once.
+        """One forward pass over all the rows at once; `method` says what it reads besides.
 
         Raises:
             NotTogetherError: rows that the model must read one by one.
@@ -275,10 +275,13 @@ class Run:
             made = picked(rows, hidden, at)
         else:
             inputs = collated(segments)
-            hidden = self.backbone.hidden_states(inputs)
+            with self.backbone.watched_middle(method is not None and method.reads_middle) as middle:
+                hidden = self.backbone.hidden_states(inputs)
             made = picked(rows, hidden, [segment.at for segment in segments])
-            if prompts:
-                made.prompt_RD = prompt_means(hidden, segments, inputs.get(self.backbone.mask_name))
+            if method is not None and method.reads_prompt:
+                mask = inputs.get(self.backbone.mask_name)
+                made.prompt_RD = prompt_means(hidden, segments, mask)
+                made.middle_RE = middle_states([x for x in middle if x.shape == hidden.shape], segments, mask)
         return made
 
     def _after_prefixes(self, segments: Sequence[Segment], shared: Sequence[int]) -> Tensor:

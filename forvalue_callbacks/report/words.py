@@ -33,22 +33,7 @@ def summary(scores: ForValueScores) -> str:
 def about_noise(noise: NoiseEstimate) -> list[str]:
     """The evidence, and how much noise there seems to be."""
     if noise.n_answers is not None:
-        (found,) = noise.evidence.values()
-        low, high = found.interval or (found.auc, found.auc)
-        hint = ": do not filter by this" if low < USEFUL_AUC else ""
-        share = f"noise       estimated share of wrong answers {noise.share:.2f}"
-        if noise.share_error is not None:
-            spread = 1.96 * noise.share_error
-            share += f" (95 %: {max(0.0, noise.share - spread):.2f} to {min(1.0, noise.share + spread):.2f})"
-        lines = [
-            f"evidence    on your {noise.n_validation} validation rows a wrong answer put in on purpose is told from "
-            f"the right one with AUC {found.auc:.2f} (95 %: {low:.2f} to {high:.2f}; cross-fitted; {noise.n_answers} "
-            f"different answers){hint}",
-            share,
-        ]
-        if noise.n_unjudged:
-            lines.append(f"not judged  {noise.n_unjudged:,} rows, kept: too few validation rows have their answer")
-        return lines
+        return _about_answers(noise)
     lines = [f"evidence    on your {noise.n_validation} validation rows against copies corrupted on purpose (AUC, "]
     lines[0] += "cross-fitted):"
     for kind, found in noise.evidence.items():
@@ -62,6 +47,38 @@ def about_noise(noise: NoiseEstimate) -> list[str]:
     kinds = ", ".join(f"{kind} {share:.2f}" for kind, share in noise.shares.items() if share > 0)
     lines.append(f"noise       estimated share of noisy rows {noise.share:.2f}" + (f" ({kinds})" if kinds else ""))
     return lines
+
+
+def _about_answers(noise: NoiseEstimate) -> list[str]:
+    """Where answers repeat."""
+    (found,) = noise.evidence.values()
+    told = f"a wrong answer put in on purpose is told from the right one with AUC {found}"
+    if noise.n_validation:
+        rests = f"on your {noise.n_validation} validation rows {told}, out of fold ({noise.n_answers} answers)"
+    else:
+        rests = f"without validation rows: on the rows themselves, wrong ones among them, {told}, out of fold "
+        rests += f"({noise.n_answers} answers); errors that agree with each other cannot be seen"
+    lines = [f"evidence    {rests}" + ("" if found.useful else ": do not filter by this")]
+    if noise.views:
+        lines.append("seen in     " + ", ".join(f"{view} {weight:.2f}" for view, weight in noise.views.items()))
+    share = f"noise       estimated share of wrong answers {noise.share:.2f}"
+    lines.append(share + _interval(noise.share, noise.share_error))
+    if noise.n_unjudged:
+        lines.append(f"not judged  {noise.n_unjudged:,} rows, kept: too few rows are known to have their answer")
+    known = noise.validation
+    if known is not None and known.rows:
+        lines.append(
+            f"validation  {len(known.rows)} validation rows look wrong themselves; share of wrong ones there "
+            f"{known.share:.2f}{_interval(known.share, known.share_error)}"
+            + (": the evidence is limited by them" if known.surely else "")
+        )
+    return lines
+
+
+def _interval(share: float, error: float | None) -> str:
+    if error is None:
+        return ""
+    return f" (95 %: {max(0.0, share - 1.96 * error):.2f} to {min(1.0, share + 1.96 * error):.2f})"
 
 
 def numbers(scores: ForValueScores, weights: np.ndarray, seconds: float) -> dict[str, float]:

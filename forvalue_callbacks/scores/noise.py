@@ -27,6 +27,36 @@ class Evidence:
     best_auc: float | None = None
     loss_auc: float | None = None
 
+    @property
+    def useful(self) -> bool:
+        """Whether it is of some use, as far as its interval knows."""
+        return (self.interval or (self.auc,))[0] >= USEFUL_AUC
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.auc:.2f}"
+        return f"{self.auc:.2f} (95 %: {self.interval[0]:.2f} to {self.interval[1]:.2f})"
+
+
+@dataclass(frozen=True)
+class ValidationNoise:
+    """Which validation rows look wrong themselves, judged by what has not seen them.
+
+    Args:
+        share, share_error: of wrong ones, estimated, and its standard error.
+        rows: places of those that are more likely wrong than right, the least likely first, and `log_odds`, theirs.
+    """
+
+    share: float
+    share_error: float
+    rows: tuple[int, ...]
+    log_odds: tuple[float, ...]
+
+    @property
+    def surely(self) -> bool:
+        """Whether there are more than chance may look like."""
+        return bool(self.rows) and self.share > 1.96 * self.share_error
+
 
 @dataclass(frozen=True)
 class NoiseEstimate:
@@ -40,7 +70,10 @@ class NoiseEstimate:
         n_answers: how many different answers there are, where they repeat; None where the kinds are corrupted copies.
         share_error: standard error of the share, where that is known.
         n_unjudged: rows that are kept because too few validation rows have their answer.
-        likelihood: mean log p of the validation rows' answers, out of fold: from them alone, and with training rows.
+        likelihood: mean log-likelihood of the validation rows' answers, out of fold, by how training rows are used:
+            the best one judges.
+        views: weights of what the answers were predicted from.
+        validation: what is said of the validation rows' own answers.
     """
 
     share: float
@@ -50,7 +83,9 @@ class NoiseEstimate:
     n_answers: int | None = None
     share_error: float | None = None
     n_unjudged: int = 0
-    likelihood: tuple[float, float] | None = None
+    likelihood: dict[str, float] = field(default_factory=dict)
+    views: dict[str, float] = field(default_factory=dict)
+    validation: ValidationNoise | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -62,5 +97,9 @@ class NoiseEstimate:
         for kind, found in facts["evidence"].items():
             interval = found.get("interval")
             evidence[kind] = Evidence(**{**found, "interval": None if interval is None else tuple(interval)})
-        likelihood = facts.get("likelihood")
-        return cls(**{**facts, "evidence": evidence, "likelihood": None if likelihood is None else tuple(likelihood)})
+        facts = {**facts, "evidence": evidence}
+        if (known := facts.get("validation")) is not None:
+            facts["validation"] = ValidationNoise(
+                known["share"], known["share_error"], tuple(known["rows"]), tuple(known["log_odds"])
+            )
+        return cls(**facts)
