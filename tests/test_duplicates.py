@@ -10,8 +10,9 @@ from forvalue_callbacks.data.duplicates import Duplicates, find_duplicates
 from forvalue_callbacks.data.reader import sample_of
 from forvalue_callbacks.data.sample import Sample
 from forvalue_callbacks.data.sft import Row
+from forvalue_callbacks.report.words import about_duplicates
 
-TEMPLATE = list(range(500, 560))
+TEMPLATE = list(range(200, 800))
 
 
 def tokens(rng, n):
@@ -112,7 +113,7 @@ def test_a_template_makes_no_duplicates_and_hides_none():
     rng = np.random.default_rng(0)
     questions = [tokens(rng, 60) for _ in range(40)]
     questions.append(changed(rng, questions[7][:30], 1) + questions[7][30:])
-    rows = [(TEMPLATE * 10 + question, [7 + i % 2 if i < 40 else 8]) for i, question in enumerate(questions)]
+    rows = [(TEMPLATE + question, [7 + i % 2 if i < 40 else 8]) for i, question in enumerate(questions)]
     found = find(rows)
     assert found.near == [[7, 40]]
     other = [*rows[:40], (rows[40][0], [7])]  # another class
@@ -163,3 +164,23 @@ def test_what_is_found_goes_through_json():
     found = find([row, row, (row[0], changed(rng, row[1], 1))], [row])
     assert Duplicates.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert found.n_near == 1
+
+
+def test_what_is_found_is_said_with_its_first_rows():
+    rng = np.random.default_rng(0)
+    row, other = (tokens(rng, 200), tokens(rng, 200)), (tokens(rng, 200), tokens(rng, 200))
+    near = changed(rng, row[0], 1), row[1]
+    lines = about_duplicates(find([other, row, row, near], [row, (changed(rng, other[0], 1), other[1]), row]))
+    assert [line[: line.index(":")] for line in lines] == [
+        "duplicates  1 training rows repeat another one (first",
+        "duplicates  1 training rows nearly repeat another one (first",
+        "leakage     2 of 4 training rows are validation rows too (first",
+        "leakage     2 of 4 training rows nearly repeat a validation row (first",
+        "leakage     1 of 3 validation rows repeat another one, exactly or nearly (first",
+    ]
+    assert "(first: rows 1, 2)" in lines[0]
+    assert "(first: rows 1, 3)" in lines[1]
+    assert "(first: row 1, validation row 0)" in lines[2]
+    assert "(first: row 0, validation row 1)" in lines[3]
+    assert "(first: rows 0, 2)" in lines[4]
+    assert about_duplicates(find([row], [other])) == ["duplicates  none among 1 training and 1 validation rows"]

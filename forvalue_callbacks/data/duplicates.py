@@ -175,7 +175,6 @@ class _Alike:
         ends = np.frombuffer(rows.ends, dtype=np.int64)
         chosen = np.array(distinct, dtype=np.int64)
         self.rows = chosen[ends[2 * chosen + 2] > ends[2 * chosen]]  # those of tokens
-        self.digests = np.frombuffer(rows.digests, dtype=np.uint64)[self.rows]
         self.is_train = self.rows >= n_validation
         self.leaked: dict[int, int] = {}  # training row: validation row
         self._tokens, self._ends = rows.tokens(), ends
@@ -216,7 +215,7 @@ class _Alike:
         """Notes whether two rows, by their places, are alike; the first may be a validation row and the other not."""
         crossing = self.is_train[one] != self.is_train[another]
         roots = self._root(one), self._root(another)
-        known = int(self.rows[another]) in self.leaked or self.digests[one] == self.digests[another]
+        known = int(self.rows[another]) in self.leaked
         if (known if crossing else roots[0] == roots[1]) or (one, another) in self._failed:
             return
         mine, others = self._sets(one), self._sets(another)
