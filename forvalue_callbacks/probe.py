@@ -22,7 +22,7 @@ from .model.run import Run
 from .progress import Pass
 from .scorer import ForValueScorer
 
-# Batches that are timed, evenly from those of the first window, the longest and the shortest among them. One more before
+# Batches that are timed, evenly from those of the first window, the longest and the shortest among them. One before
 # them, in which things are set up, is not.
 PROBE_BATCHES = 4
 

@@ -124,15 +124,15 @@ def about_duplicates(found: Duplicates) -> list[str]:
         if pairs:
             row, at = pairs[0]
             lines.append(
-                f"leakage     {len(pairs):,} of {found.n_train:,} training rows {what} (first: row {row}, validation row "
-                f"{at}): the evidence is better than it should be; take them out of one of the two"
+                f"leakage     {len(pairs):,} of {found.n_train:,} training rows {what} (first: row {row}, validation "
+                f"row {at}): the evidence is better than it should be; take them out of one of the two"
             )
     if found.validation:
         first = ", ".join(map(str, found.validation[0][:3]))
         n = sum(len(group) - 1 for group in found.validation)
         lines.append(
-            f"leakage     {n:,} of {found.n_validation:,} validation rows repeat another one, exactly or nearly (first: "
-            f"rows {first}): what is tested on one has been learnt from the other"
+            f"leakage     {n:,} of {found.n_validation:,} validation rows repeat another one, exactly or nearly "
+            f"(first: rows {first}): what is tested on one has been learnt from the other"
         )
     return lines
 
