@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.machinery
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -92,12 +93,19 @@ def llamafactory(files: dict[str, Path]) -> Iterator[tuple[str, list[str] | Exce
     }
     folder = next(iter(files.values())).parent
     info = {
-        name: {"file_name": path.name, **described[path.stem]} for name, path in files.items() if path.stem in described
+        name: {"file_name": path.name, **described[path.stem]}
+        for name, path in files.items()
+        if path.stem in described
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     for name in info:
         given = {"model_name_or_path": str(MODEL), "stage": "sft", "do_train": True, "finetuning_type": "full"}
-        given |= {"dataset": name, "dataset_dir": str(folder), "template": "default", "output_dir": str(folder / "out")}
+        given |= {
+            "dataset": name,
+            "dataset_dir": str(folder),
+            "template": "default",
+            "output_dir": str(folder / "out"),
+        }
         try:
             model, data, training, *_ = get_train_args({**given, "use_cpu": True, "overwrite_cache": True})
             tokenizer = load_tokenizer(model)["tokenizer"]
@@ -108,7 +116,58 @@ def llamafactory(files: dict[str, Path]) -> Iterator[tuple[str, list[str] | Exce
             yield name, error
 
 
-INSIDE = {"llamafactory": llamafactory}
+def axolotl(files: dict[str, Path]) -> Iterator[tuple[str, list[str] | Exception]]:
+    from axolotl.utils.data import prepare_datasets
+    from axolotl.utils.dict import DictDefault
+    from transformers import AutoTokenizer
+
+    chat_template = {"type": "chat_template", "chat_template": "chatml"}
+    from_value = {"message_property_mappings": {"role": "from", "content": "value"}}
+    fields = {"field_instruction": "prompt", "field_output": "completion", "format": "{instruction}\n"}
+    described = {
+        "alpaca": {"type": "alpaca"},
+        "sharegpt": {**chat_template, "field_messages": "conversations", **from_value},
+        "messages": {**chat_template, "field_messages": "messages"},
+        "prompt-completion": {"type": {**fields, "no_input_format": "{instruction}\n"}},
+    }
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    for name, path in files.items():
+        if path.stem not in described:
+            continue
+        settings = {
+            "base_model": str(MODEL),
+            "datasets": [{"path": str(path), "ds_type": "json", **described[path.stem]}],
+            "dataset_prepared_path": str(path.parent / "prepared" / name),
+            "sequence_len": 512,
+            "train_on_inputs": False,
+            "shuffle_merged_datasets": False,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "batch_size": 1,
+            "num_epochs": 1,
+            "val_set_size": 0,
+            "dataset_num_proc": 1,
+            "seed": 0,
+        }
+        try:
+            yield name, learnt(prepare_datasets(DictDefault(settings), tokenizer)[0], tokenizer)
+        except Exception as error:
+            yield name, error
+
+
+def swift(files: dict[str, Path]) -> Iterator[tuple[str, list[str] | Exception]]:
+    """Rows as its templates get them: the last message is what is learnt."""
+    from swift.dataset import load_dataset
+
+    for name, path in files.items():
+        try:
+            rows, _ = load_dataset([str(path)], num_proc=1, load_from_cache_file=False)
+            yield name, [row["messages"][-1]["content"] for row in rows]
+        except Exception as error:
+            yield name, error
+
+
+INSIDE = {"llamafactory": llamafactory, "axolotl": axolotl, "ms-swift": swift}
 
 
 def main() -> int:
@@ -118,7 +177,11 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help="this is the Python of the framework")
     options = parser.parse_args()
     if not options.inside:
-        return subprocess.run([options.python, __file__, options.framework, "--inside"], check=False).returncode
+        # LLaMA-Factory refuses newer versions than it was tried with; nothing is to be fetched.
+        env = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(
+            [options.python, __file__, options.framework, "--inside"], env=env, check=False
+        ).returncode
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         results = list(INSIDE[options.framework](write(Path(folder))))
