@@ -1,6 +1,7 @@
 """What a run would take: counted as the run then does it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,14 +26,28 @@ def labels(n, seed):
     ]
 
 
+def shared(n):
+    """Rows that begin alike, which are run in two passes a batch."""
+    return [{"input_ids": [*range(3, 33), 40 + i % 9, 7], "labels": [-100] * 31 + [7]} for i in range(n)]
+
+
 def scorer_of(method, validation=VALIDATION):
     return ForValueScorer(build_model(), validation, ForValueConfig(method=method, max_tokens_per_batch=100))
 
 
-@pytest.mark.parametrize("method", ["gradient", "whitened", "fitted", "auto", "label_model"])
-def test_counts_are_those_of_the_run(method, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("method", "train", "validation"),
+    [
+        ("gradient", TRAIN, VALIDATION),
+        ("gradient", shared(60), VALIDATION),
+        ("whitened", TRAIN, VALIDATION),
+        ("fitted", TRAIN, VALIDATION),
+        ("auto", TRAIN, VALIDATION),
+        ("label_model", labels(60, 1), labels(40, 2)),
+    ],
+)
+def test_counts_are_those_of_the_run(method, train, validation, monkeypatch, capsys):
     monkeypatch.setattr(reader, "WINDOW", 17)
-    train, validation = (labels(60, 1), labels(40, 2)) if method == "label_model" else (TRAIN, VALIDATION)
     train = [NOTHING, *train]
     found = estimate(scorer_of(method, validation), train)
     made, forwards, read = [], [], []
@@ -78,11 +93,11 @@ def test_rows_that_cannot_be_scored_are_no_estimate():
 
 def test_lines_say_what_there_is():
     found = estimate(scorer_of("auto"), [*TRAIN, NOTHING])
-    lines = about_estimate(found)
+    lines = about_estimate(replace(found, seconds=400.0))
     assert lines[0] == "rows        60 by 40 validation rows (1 more cannot be scored)"
     assert lines[1] == f"tokens      {found.tokens:,} that the model reads"
     assert lines[2].startswith("passes      8 (rows: first half of the validation rows 20, second half 20, ")
     assert lines[3] == f"forwards    {found.forwards} over the rows to score, of at most 100 tokens"
     assert lines[4].startswith("memory      weights ")
-    assert lines[5] == "time        less than a second, at the pace of a few batches"
+    assert lines[5] == "time        about 6.7 min, at the pace of a few batches"
     json.dumps(found.to_dict())
