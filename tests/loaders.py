@@ -63,7 +63,7 @@ def write(folder: Path) -> dict[str, Path]:
 
 
 def stand_in(*names: str) -> None:
-    """Modules that a loader imports for sound and pictures: not needed for rows of text."""
+    """Modules that a loader imports for sound or telemetry: not needed for rows of text."""
     for name in names:
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -117,6 +117,7 @@ def llamafactory(files: dict[str, Path]) -> Iterator[tuple[str, list[str] | Exce
 
 
 def axolotl(files: dict[str, Path]) -> Iterator[tuple[str, list[str] | Exception]]:
+    stand_in("posthog")
     from axolotl.utils.data import prepare_datasets
     from axolotl.utils.dict import DictDefault
     from transformers import AutoTokenizer
@@ -177,8 +178,8 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help="this is the Python of the framework")
     options = parser.parse_args()
     if not options.inside:
-        # LLaMA-Factory refuses newer versions than it was tried with; nothing is to be fetched.
-        env = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+        # LLaMA-Factory refuses newer versions than it was tried with; nothing is to be fetched, or told.
+        env = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
         return subprocess.run(
             [options.python, __file__, options.framework, "--inside"], env=env, check=False
         ).returncode
