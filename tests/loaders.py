@@ -37,12 +37,12 @@ def sharegpt(question: str, answer: str) -> dict[str, object]:
     return {"conversations": turns, "system": SYSTEM}
 
 
+# Prompts and completions that are messages are TRL's own form: ms-swift reads them wrongly, the others not at all.
 FORMS: dict[str, Callable[[str, str], dict[str, object]]] = {
     "alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
     "sharegpt": sharegpt,
     "messages": lambda q, a: {"messages": chat(q, a)},
     "prompt-completion": lambda q, a: {"prompt": q, "completion": a},
-    "prompt-completion-messages": lambda q, a: {"prompt": chat(q, a)[:-1], "completion": chat(q, a)[-1:]},
 }
 
 
