@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -36,7 +37,10 @@ from .scores.scores import ForValueScores
 from .scores.writer import open_writer, parts_folder
 from .validation import ValidationSide
 
+logger = logging.getLogger(__name__)
+
 LABELS = "labels of all rows"
+NAMED_ROWS = 20  # of those that are validation rows too, in the metadata of scores
 
 
 class ForValueScorer:
@@ -129,7 +133,7 @@ class ForValueScorer:
                     self.run.progress.now(method.finishing)
                     scores = put_together(writer, method, state)
                     scores.metadata["provenance"] = {**provenance, "data": digest("".join(scores.row_digests or []))}
-                    scores.metadata |= self._settings()
+                    scores.metadata |= {**self._settings(), "leakage": self._leakage(scores)}
                     if path is not None:
                         scores.save(path)
                         writer.remove()
@@ -258,6 +262,21 @@ class ForValueScorer:
             if path is not None and self.config.vocab == "seen":  # then a row's score depends on all the others
                 provenance = {**provenance, "data": self.hash_rows(dataset)}
             return open_writer(None if path is None else parts_folder(path), provenance, self._settings())
+
+    def _leakage(self, scores: ForValueScores) -> dict[str, Any]:
+        """How many rows are validation rows too, and the first of them."""
+        validation = {sample.digest for sample in self.validation.samples()}
+        known = zip(scores.row_digests or [], scores.reasons, strict=True)
+        rows = [row for row, (digest, reason) in enumerate(known) if reason is None and digest in validation]
+        if rows:
+            logger.warning(
+                "%s of %s training rows are validation rows too (first: row %d): their scores, and the evidence, are "
+                "better than they should be; take them out of one of the two",
+                f"{len(rows):,}",
+                f"{len(scores):,}",
+                rows[0],
+            )
+        return {"n": len(rows), "rows": rows[:NAMED_ROWS]}
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"methods"},
     "validation": BELOW_THE_SCORER | {"config"},
     "scorer": BELOW_THE_SCORER | {"config", "validation"},
-    "report": {"scores", "policies", "core"},
+    "probe": BELOW_THE_SCORER | {"scorer"},
+    "report": {"scores", "policies", "core", "progress"},
     "trainer": BELOW_THE_WAYS_IN,
     "transform": BELOW_THE_WAYS_IN,
     "baselines": {"core", "data", "model", "methods"},
@@ -48,7 +49,7 @@ EXCEPTIONS: dict[str, str] = {
     "scores/scores -> report/plots": "drawn there; matplotlib is an extra",
 }
 # Folders and modules after data/, where a position is one that predicts something: no mask, no shift.
-AFTER_DATA = ("model", "methods", "validation", "scorer", "trainer", "transform")
+AFTER_DATA = ("model", "methods", "validation", "scorer", "probe", "trainer", "transform")
 # In policies "auto" is an amount.
 BLIND_TO_METHODS = tuple(sorted(MAY_IMPORT.keys() - {"methods", "policies"}))
 

@@ -294,6 +294,18 @@ def test_a_kept_direction_is_not_taken_for_another(tmp_path):
         assert len(list(tmp_path.iterdir())) == n
 
 
+def test_rows_that_are_validation_rows_too_are_counted_and_named(tmp_path, caplog):
+    nothing = {"input_ids": [5], "labels": [5]}
+    train = [*TRAIN, VALIDATION[3], nothing, *VALIDATION * 5]
+    scores = ForValueScorer(build_model(), [*VALIDATION, nothing], progress=False).score(train, tmp_path / "s.parquet")
+    assert scores.metadata["leakage"] == {"n": 26, "rows": [12, *range(14, 33)]}
+    assert "26 of 39 training rows are validation rows too (first: row 12)" in caplog.text
+    assert type(scores).load(tmp_path / "s.parquet").metadata["leakage"] == scores.metadata["leakage"]
+    caplog.clear()
+    assert score(build_model()).metadata["leakage"] == {"n": 0, "rows": []}
+    assert not caplog.records
+
+
 def test_bad_settings_say_what_would_be_right():
     with pytest.raises(ValueError, match=r"method='newton'.*gradient"):
         ForValueConfig(method="newton")

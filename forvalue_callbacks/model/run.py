@@ -195,14 +195,7 @@ class Run:
             failed: takes in the rows too large for the memory.
         """
         rank, n_ranks = (0, 1) if all_ranks else world()
-        work = [(sample, segment) for sample in samples for segment in method.segments(sample, part)]
-        lengths = [None if segment.tokens is None else segment.n_read for _, segment in work]
-        prompts = None
-        if not method.reads_prompt and self.backbone.shares_prefixes:
-            prompts = [_shareable(segment) for _, segment in work]
-        # Sharded models gather weights in every forward: all ranks must run equally many, and so none may find out
-        # that what collators have made of rows does not go together.
-        ranks = plan(lengths, self.max_tokens, n_ranks, prompts, 1 if self.sharded else COLLATED_ROWS)
+        work, ranks = self.planned(samples, method, part, n_ranks)
         n_forwards = [sum(batch.n_forwards for batch in batches) for batches in ranks]
         with nullcontext() if name is None else self.progress.part(name, len(work)):
             for batch in ranks[rank]:
@@ -213,6 +206,20 @@ class Run:
             for _ in range(max(n_forwards) - n_forwards[rank]):
                 last = ranks[0][-1].rows[0]
                 self.run([work[last]])
+
+    def planned(
+        self, samples: Sequence[Sample], method: Any, part: int, n_ranks: int = 1
+    ) -> tuple[list[tuple[Sample, Segment]], list[list[Batch]]]:
+        """What is to be run for one of a method's parts, and every rank's batches of it."""
+        work = [(sample, segment) for sample in samples for segment in method.segments(sample, part)]
+        lengths = [None if segment.tokens is None else segment.n_read for _, segment in work]
+        prompts = None
+        if not method.reads_prompt and self.backbone.shares_prefixes:
+            prompts = [_shareable(segment) for _, segment in work]
+        # Sharded models gather weights in every forward: all ranks must run equally many, and so none may find out
+        # that what collators have made of rows does not go together.
+        collated_rows = 1 if self.sharded else COLLATED_ROWS
+        return work, plan(lengths, self.max_tokens, n_ranks, prompts, collated_rows)
 
     def _forward(
         self, work: Sequence[tuple[Sample, Segment]], batch: Batch, method: Any, failed: dict[int, str] | None

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ..core.stats import spearman
 from ..policies import Policy, describe
+from ..progress import duration
 from ..scores.noise import USEFUL_AUC, NoiseEstimate
 from ..scores.scores import ForValueScores, grouped_reasons
+
+if TYPE_CHECKING:
+    from ..data.duplicates import Duplicates
+    from ..probe import Estimate
 
 
 def summary(scores: ForValueScores) -> str:
@@ -114,3 +121,61 @@ def lines(scores: ForValueScores, weights: np.ndarray, policy: Policy, seconds: 
             + f"; effective sample size {facts['effective_sample_size']:,.0f}"
         )
     return "\n".join(out)
+
+
+def about_duplicates(found: Duplicates) -> list[str]:
+    """What is there twice, one line a fact; rows by number, from 0."""
+    if not (found.exact or found.near or found.leaked_exact or found.leaked_near or found.validation):
+        return [f"duplicates  none among {found.n_train:,} training and {found.n_validation:,} validation rows"]
+    lines = []
+    if found.exact:
+        first = ", ".join(map(str, found.exact[0][:3]))
+        lines.append(f"duplicates  {found.n_exact:,} training rows repeat another one (first: rows {first})")
+    if found.near:
+        first = ", ".join(map(str, found.near[0][:3]))
+        lines.append(f"duplicates  {found.n_near:,} training rows nearly repeat another one (first: rows {first})")
+    for what, pairs in (
+        ("are validation rows too", found.leaked_exact),
+        ("nearly repeat a validation row", found.leaked_near),
+    ):
+        if pairs:
+            row, at = pairs[0]
+            lines.append(
+                f"leakage     {len(pairs):,} of {found.n_train:,} training rows {what} (first: row {row}, validation "
+                f"row {at}): the evidence is better than it should be; take them out of one of the two"
+            )
+    if found.validation:
+        first = ", ".join(map(str, found.validation[0][:3]))
+        n = sum(len(group) - 1 for group in found.validation)
+        lines.append(
+            f"leakage     {n:,} of {found.n_validation:,} validation rows repeat another one, exactly or nearly "
+            f"(first: rows {first}): what is tested on one has been learnt from the other"
+        )
+    return lines
+
+
+def about_estimate(estimate: Estimate) -> list[str]:
+    """What scoring would take, for `--dry-run`."""
+    unscored = f" ({estimate.unscored:,} more cannot be scored)" if estimate.unscored else ""
+    passes = ", ".join(f"{planned.name} {planned.rows:,}" for planned in estimate.passes)
+    names = {
+        "weights": "weights",
+        "state": "what the method keeps of the validation rows",
+        "window": "a batch of rows",
+    }
+    memory = ", ".join(f"{names[name]} {_bytes(n)}" for name, n in estimate.memory.items() if n)
+    return [
+        f"rows        {estimate.rows:,} by {estimate.validation_rows:,} validation rows{unscored}",
+        f"tokens      {estimate.tokens:,} that the model reads",
+        f"passes      {len(estimate.passes)} (rows: {passes})",
+        f"forwards    {estimate.forwards:,} over the rows to score, of at most {estimate.tokens_per_batch:,} tokens",
+        f"memory      {memory}",
+        f"time        {duration(estimate.seconds)}, at the pace of a few batches",
+    ]
+
+
+def _bytes(n: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n / 1e3:.0f} kB"

@@ -1,0 +1,153 @@
+"""The card of a filtered data set, and the way to the hub: a stand-in on loopback that speaks what HfApi speaks."""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import DatasetCard
+
+from forvalue_callbacks.report.card import card_text, push
+from forvalue_callbacks.scores.noise import Evidence, NoiseEstimate
+from forvalue_callbacks.scores.scores import ForValueScores
+
+RUN = {
+    "command": "forvalue select train.jsonl --validation trusted.jsonl --model M --out kept.jsonl",
+    "data": "train.jsonl",
+    "validation": "trusted.jsonl",
+    "model": "M",
+    "policy": "drop:auto",
+    "config": {"method": "auto"},
+}
+FILES = {"kept.jsonl": 1234, "kept.dropped.jsonl": 67, "kept.scores.parquet": 0}
+
+
+def make_scores(noise=None, **metadata):
+    values = np.array([1.0, np.nan, 2.0, np.nan])
+    reasons = [None, "600 tokens", None, "700 tokens"]
+    if noise is not None:
+        metadata["noise"] = noise.to_dict()
+    metadata = {"version": "9.9", "provenance": {"weights": "w1", "data": "d1"}, **metadata}
+    return ForValueScores(values, reasons, values, [1, 0, 1, 0], metadata)
+
+
+def test_the_card_says_what_scored_what_and_is_read_as_one():
+    noise = NoiseEstimate(0.25, {"swapped": Evidence(0.91, (0.86, 0.95), "loss", 0.8, 0.7)}, 300)
+    text = card_text(make_scores(noise, leakage={"n": 3, "rows": [1, 2, 3]}), RUN, FILES)
+    card = DatasetCard(text)
+    assert card.data.size_categories == "1K<n<10K"
+    assert card.data.configs == [
+        {"config_name": "kept", "data_files": "kept.jsonl"},
+        {"config_name": "kept.dropped", "data_files": "kept.dropped.jsonl"},
+    ]
+    for key in ("data", "validation", "model", "policy"):
+        assert f"| {key} | {RUN[key]} |" in text
+    assert "| kept.jsonl | 1,234 rows |" in text
+    assert "4 rows were looked at, 2 have a score." in text
+    assert "- 2 not scored: 600 to 700 tokens" in text
+    assert "- 3 are validation rows too" in text
+    assert "| swapped | 0.91 (0.86 to 0.95) |" in text
+    assert "estimated share of noisy rows 0.25" in text
+    assert f"```bash\n{RUN['command']}\n```" in text
+    settings = yaml.safe_load(text.split("```yaml\n")[1].split("\n```")[0])
+    assert settings == {**RUN, "version": "9.9", "provenance": {"weights": "w1", "data": "d1"}}
+    assert "another model ranks these rows otherwise" in text
+
+
+def test_a_card_without_evidence_says_so():
+    assert "Nothing here shows that the dropped rows are worse" in card_text(make_scores(), RUN, FILES)
+
+
+def test_names_cannot_break_out_of_the_card():
+    run = {**RUN, "data": "a | b\n# c <script>", "command": "x\n```\n<script>alert(1)</script>"}
+    lines = card_text(make_scores(), run, FILES).split("\n")
+    assert "| data | a \\| b # c &lt;script> |" in lines
+    assert "# a \\| b # c &lt;script>, filtered" in lines
+    assert "````bash" in lines
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What HfApi asks to make a data set and to put small files there; the server holds what it was told."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        server = self.server
+        server.asked.append((self.path, self.headers.get("Authorization")))
+        if server.refuses:
+            return self.answer({"error": "no right to write"}, 403)
+        if self.path == "/api/repos/create":
+            server.created = json.loads(body)
+            return self.answer({"url": f"{server.url}/datasets/me/rows", "id": "me/rows"})
+        if "/preupload/" in self.path:
+            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            return self.answer({"files": files})
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            url = f"{server.url}/datasets/me/rows/commit/1"
+            return self.answer({"commitUrl": url, "commitOid": "1", "success": True})
+        return self.answer({"errors": [], "warnings": []})  # the card is looked at
+
+    def do_GET(self):
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
+        self.answer({"id": "me/rows", "sha": "0", "private": True, "siblings": []})
+
+    def answer(self, facts, status=200):
+        text = json.dumps(facts).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+def is_private(created):
+    """As huggingface_hub says it since 2.0, or before."""
+    return created.get("visibility") == "private" or created.get("private") is True
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.url, server.refuses = f"http://127.0.0.1:{server.server_port}", False
+    server.asked, server.files, server.created = [], {}, None
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)  # HF_ENDPOINT, read when it is imported
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_standin")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_folder_goes_to_the_hub_as_it_is(hub, tmp_path):
+    contents = {"README.md": card_text(make_scores(), RUN, FILES).encode(), "kept.jsonl": b'{"a": 1}\n'}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    assert push(tmp_path, "me/rows") == f"{hub.url}/datasets/me/rows"
+    assert hub.files == contents
+    assert (hub.created["name"], hub.created["organization"]) == ("rows", "me")
+    assert hub.created["type"] == "dataset"
+    assert is_private(hub.created)
+    assert {token for _, token in hub.asked} == {"Bearer hf_standin"}
+    push(tmp_path, "me/rows", private=False)
+    assert not is_private(hub.created)
+
+
+def test_what_the_hub_refuses_is_said_with_the_way_out(hub, tmp_path):
+    with pytest.raises(ValueError, match=r"has no README\.md"):
+        push(tmp_path, "me/rows")
+    assert hub.asked == []
+    (tmp_path / "README.md").write_text("card")
+    hub.refuses = True
+    with pytest.raises(ValueError, match=r"cannot be pushed to me/rows .*log in with `hf auth login`"):
+        push(tmp_path, "me/rows")
+    assert hub.files == {}
