@@ -13,6 +13,7 @@ import torch
 
 from . import core
 from .core.stream import tile_sizes
+from .data.reading import kept
 from .data.sample import Sample
 from .methods import Method
 from .methods.base import ROWS
@@ -68,6 +69,8 @@ def estimate(scorer: ForValueScorer, dataset: Iterable[Mapping[str, Any]]) -> Es
         ValueError: what `score` refuses before the work; no row can be scored.
     """
     run, side = scorer.run, scorer.validation
+    dataset = kept(dataset) if side.dataset is None else dataset
+    side.look_at(dataset)
     side.check()
     method, validation = side.method, side.samples()
     rows = unscored = tokens = forwards = most = n_run = 0
@@ -87,7 +90,7 @@ def estimate(scorer: ForValueScorer, dataset: Iterable[Mapping[str, Any]]) -> Es
         tokens, most = tokens + here, max(most, here)
     if pace is None:
         raise ValueError(f"none of {unscored:,} rows can be scored: there is nothing to estimate.")
-    passes = method.plan(validation, rows, side.known is not None).passes
+    passes = method.plan(validation or side.first, rows, side.known is not None).passes
     assert passes[-1].name == ROWS
     passes[-1] = Pass(ROWS, n_run, tokens / n_run)
     total = sum((planned.rows or 0) * planned.tokens for planned in passes)
