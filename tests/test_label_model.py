@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from forvalue_callbacks import (
+    TINY_MODEL,
     Drop,
     ForValueCallback,
     ForValueConfig,
@@ -177,6 +178,77 @@ def test_the_expectation_step_is_that_of_a_loop():
     np.testing.assert_allclose(flips, noise, rtol=1e-10)
 
 
+def words(true, seed, k=4, noise=0.3):
+    """Hashes of 6 words of each row, most of them of its answer's own 20, and which are -1."""
+    rng = np.random.default_rng(seed)
+    own = 20 * true[:, None] + rng.integers(20, size=(len(true), 6))
+    any_word = rng.integers(20 * k, size=own.shape)
+    hashes = np.where(rng.random(own.shape) < noise, any_word, own)
+    hashes[:, 5] = np.where(rng.random(len(true)) < 0.5, -1, hashes[:, 5])
+    return torch.from_numpy(hashes)
+
+
+def test_views_are_weighed_by_what_they_tell():
+    """States that say nothing beside words that do, and the other way round."""
+    (known, answers, *_), (x, true, observed, wrong) = clusters(200, 0), clusters(500, 1, 0.3)
+    noise, no_words = torch.randn(200, 6), words(np.zeros(200, dtype=int), 5)
+    both = label_fit.fit_labels(
+        {"states": noise, "words": words(answers, 2)},
+        answers,
+        {"states": torch.randn(500, 6), "words": words(true, 3)},
+        observed,
+    )
+    assert both.weights["words"] > 3 * both.weights["states"] * both.log_odds.std() / 10
+    assert auc(both.log_odds[~wrong], both.log_odds[wrong]) > 0.95
+    states = label_fit.fit_labels(
+        {"states": known, "words": no_words},
+        answers,
+        {"states": x, "words": words(np.zeros(500, dtype=int), 6)},
+        observed,
+    )
+    assert auc(states.log_odds[~wrong], states.log_odds[wrong]) > 0.93
+
+
+def test_without_validation_rows_the_training_rows_judge_each_other():
+    x, true, observed, wrong = clusters(600, 1, 0.25)
+    fit = fit_labels(x[:0], true[:0], x, observed)
+    assert auc(fit.log_odds[~wrong], fit.log_odds[wrong]) > 0.95
+    assert abs(fit.share - wrong.mean()) < max(2.5 * fit.share_error, 0.03)
+    assert wrong[fit.log_odds < 0].mean() > 0.85
+    clean = fit_labels(x[:0], true[:0], x, true)
+    assert (clean.log_odds < 0).mean() < 0.02
+
+
+def test_without_validation_rows_no_row_vouches_for_itself():
+    """Pure noise: what is said of the rows is no better than chance, and none goes."""
+    x, _, observed, wrong = clusters(400, 1, 0.3, d=60, apart=0.0)
+    fit = fit_labels(x[:0], observed[:0], x, observed)
+    assert abs(fit.told.auc - 0.5) < 0.06
+    assert abs(auc(fit.log_odds[~wrong], fit.log_odds[wrong]) - 0.5) < 0.08
+    assert (fit.log_odds >= 0).all()
+
+
+def test_validation_rows_that_are_wrong_themselves_are_found_and_the_share_is_still_that_of_the_training_rows():
+    (known, _, given, bad), (x, _, observed, wrong) = clusters(300, 0, 0.2), clusters(800, 1, 0.3)
+    fit = fit_labels(known, given, x, observed)
+    doubted = fit.known_log_odds < 0
+    assert bad[doubted].mean() > 0.8
+    assert doubted[bad].mean() > 0.8
+    assert abs(fit.known_share[0] - bad.mean()) < 3 * fit.known_share[1]
+    assert abs(fit.share - wrong.mean()) < 3 * fit.share_error
+    _, right, *_ = clusters(300, 0)
+    clean = fit_labels(known, right, x, observed)
+    assert (clean.known_log_odds < 0).sum() <= 3
+
+
+def test_the_answer_that_would_be_right_is_named():
+    (known, answers, *_), (x, true, observed, wrong) = clusters(200, 0), clusters(500, 1, 0.3)
+    fit = fit_labels(known, answers + 50, x, observed + 50)
+    found = wrong & (fit.log_odds < 0)
+    assert (fit.names(fit.suggested)[found] == true[found] + 50).mean() > 0.9
+    assert (fit.suggested_p[found] > 0.5).mean() > 0.9
+
+
 def test_one_answer_cannot_be_wrong():
     x = torch.randn(10, 3)
     with pytest.raises(ValueError, match="all answers are the same"):
@@ -289,6 +361,59 @@ def test_rows_that_a_collator_makes_batches_of_are_judged_too(method):
     assert np.isfinite(scores.values).all()
     assert len(scores) == 4
     assert scores.noise.n_answers == 2
+
+
+@pytest.mark.parametrize("method", ["label_model", "auto"])
+def test_no_decision_follows_the_order_of_rows(method):
+    (validation, _), (train, wrong) = rows_of(60, 1), rows_of(160, 2, 0.3)
+    config, model = ForValueConfig(method=method), build_model()
+    turn, other = np.random.default_rng(0).permutation(160), np.random.default_rng(1).permutation(60)
+    one = ForValueScorer(model, validation, config, progress=False).score(train)
+    shuffled = [validation[i] for i in other], [train[i] for i in turn]
+    two = ForValueScorer(model, shuffled[0], config, progress=False).score(shuffled[1])
+    np.testing.assert_array_equal(two.values < 0, (one.values < 0)[turn])
+    np.testing.assert_allclose(two.values, one.values[turn], rtol=1e-2, atol=1e-2)
+    assert wrong[one.values < 0].mean() > 0.7
+
+
+def test_judgements_name_rows_with_the_right_answer():
+    (validation, _), (train, wrong) = rows_of(60, 1), rows_of(160, 2, 0.3)
+    scores = ForValueScorer(build_model(), validation, CONFIG, progress=False).score(train)
+    judgements = scores.judgements
+    found = np.flatnonzero(wrong & (judgements.suggested_row >= 0))
+    # The last token of the prompt decides the answer.
+    right = [train[judgements.suggested_row[i]]["labels"][-1] == train[i]["input_ids"][-2] + 7 for i in found]
+    assert len(found) > 0.6 * wrong.sum()
+    assert np.mean(right) > 0.85
+    assert {judgements.kind[i] for i in np.flatnonzero(scores.values < 0)} == {"wrong answer"}
+    np.testing.assert_allclose(judgements.probability, 1 / (1 + np.exp(scores.values)))
+
+
+def test_rows_are_scored_without_validation_rows_where_answers_repeat():
+    train, wrong = rows_of(200, 2, 0.25)
+    for method in ("label_model", "auto"):
+        scores = ForValueScorer(build_model(), None, ForValueConfig(method=method), progress=False).score(iter(train))
+        assert auc(scores.values[~wrong], scores.values[wrong]) > 0.9
+        assert "without validation rows" in scores.summary()
+    with pytest.raises(ValueError, match="method='whitened' needs a validation_dataset"):
+        ForValueScorer(build_model(), None, ForValueConfig(method="whitened"))
+    different = [{**row, "labels": [-100] * 3 + [i], "input_ids": [5, 6, 7, i]} for i, row in enumerate(train[:40])]
+    with pytest.raises(ValueError, match="0% of the first 40 rows share theirs with another: read 300 rows"):
+        ForValueScorer(build_model(), None, CONFIG, progress=False).score(different)
+
+
+def test_states_of_the_middle_layer_are_those_that_the_model_gives():
+    model, (rows, _) = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32), rows_of(6, 1)
+    scorer = ForValueScorer(model, rows, CONFIG, progress=False)
+    (batch,) = scorer.run.positions(scorer.validation.samples(), scorer.validation.method)
+    states = batch.middle_RE
+    with torch.no_grad():
+        for i, sample in enumerate(batch.samples):
+            ids = torch.tensor(rows[sample.index]["input_ids"])[None]
+            hidden = model(ids, output_hidden_states=True).hidden_states[3][0]  # of four layers
+            first = rows[sample.index]["labels"].count(-100) - 1
+            want = torch.cat([hidden[first], hidden[: first + 1].mean(0)])
+            torch.testing.assert_close(states[i], want, rtol=1e-4, atol=1e-5)
 
 
 def test_the_share_of_answers_that_repeat_is_named():

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ..core.fit import fit_softmax, logits
 from .label_odds import Odds, Told, Weights, expectation, posterior_odds, share_by_moments, told_apart, weigh
-from .label_views import EM_RIDGE, RIDGES, views_of
+from .label_views import EM_RIDGE, RIDGES, Answers, views_of
 
 FOLDS = 5
 # Of the training rows; more where they are all there is.
@@ -104,36 +104,6 @@ class LabelFit:
         return self._answers.names(numbers)
 
 
-class Answers:
-    """Answers as 0 to K - 1, those of validation rows first; the last may be one for all that come once.
-
-    Args:
-        known_M, observed_N: the answers of both sides, as any integers.
-    """
-
-    def __init__(self, known_M: np.ndarray, observed_N: np.ndarray):
-        answers, counts = np.unique(observed_N, return_counts=True)
-        known = np.unique(known_M)
-        rest = np.setdiff1d(answers[counts > 1], known)
-        self._names = np.concatenate([known, rest])
-        self._order = np.argsort(self._names, kind="stable")
-        self._sorted = self._names[self._order]
-        self.another = len(self._names)
-        self.n = self.another + int(len(np.setdiff1d(answers, self._names)) > 0)
-
-    def numbers(self, answers: np.ndarray) -> np.ndarray:
-        """The number of each, int64; `another` for those that are none of them."""
-        if not len(self._sorted):
-            return np.full(len(answers), self.another)
-        place = np.searchsorted(self._sorted, answers).clip(max=len(self._sorted) - 1)
-        found = self._sorted[place] == answers
-        return np.where(found, self._order[place], self.another).astype(np.int64)
-
-    def names(self, numbers: np.ndarray) -> np.ndarray:
-        """The answers as they were given; 0 for `another`."""
-        return np.append(self._names, 0)[numbers]
-
-
 def fit_labels(
     known: Mapping[str, Tensor],
     known_M: np.ndarray,
@@ -174,8 +144,8 @@ def fit_labels(
     likelihood = {name: chains.likelihood for name, chains in candidates.items()}
     chains = candidates[max(likelihood, key=lambda name: likelihood[name])]
     share, error = sides.share(chains)
-    told = told_apart(sides.log_p_given(chains).cpu().numpy(), sides.given.cpu().numpy(), rng)
     odds = Odds(np.bincount(sides.given.cpu().numpy(), minlength=answers.n), answers.another, share, error)
+    told = sides.told(chains, odds, rng)
     raw, suggested, likely = chains.judge(sides.train, sides.train_fold, sides.observed)
     log_odds = odds.calibrated(raw, sides.observed.cpu().numpy(), told.useful)
     return LabelFit(
@@ -265,6 +235,26 @@ class _Sides:
         judged = torch.stack(log_p).exp().mean(0).cpu().numpy()
         noise = chains.weights.noise if chains.weights.surely_noise else 0.0
         return share_by_moments(given, self.known.cpu().numpy(), noise, judged, self.observed.cpu().numpy())
+
+    def told(self, chains: _Chains, odds: Odds, rng: np.random.Generator) -> Told:
+        """How well answers that are wrong on purpose are told from those given; of answers that are judged."""
+        given = self.given.cpu().numpy()
+        n_known = int(given.max()) + 1
+        n = n_known if n_known > 1 else self.n_answers
+        wrong = (given + rng.integers(1, n, len(given))) % n
+        judged = odds.judged(given) & odds.judged(wrong)
+        judged = judged if judged.any() else np.ones(len(given), dtype=bool)
+        own, other = (self._odds_given(chains, torch.from_numpy(x).to(self.given.device)) for x in (given, wrong))
+        return told_apart(own[judged], other[judged], rng)
+
+    def _odds_given(self, chains: _Chains, answers: Tensor) -> np.ndarray:
+        """Log odds of answers of the rows with answers given, by what has not seen those, (M or N,)."""
+        log_p, out = self.log_p_given(chains), torch.zeros(len(answers), dtype=torch.float64)
+        fold = self.fold if self.m else torch.zeros_like(self.given)
+        for k, flips in enumerate(chains.flips):
+            here = (fold == k).nonzero()[:, 0]
+            out[here.cpu()] = posterior_odds(log_p[here], flips, answers[here])[0].cpu()
+        return out.numpy()
 
     def known_log_odds(self, chains: _Chains) -> np.ndarray:
         """Log odds of the validation rows' own answers being right, out of fold, (M,)."""

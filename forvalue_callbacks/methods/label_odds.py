@@ -45,18 +45,12 @@ class Told:
         return self.interval[0] >= USEFUL_AUC
 
 
-def told_apart(log_p_EK: np.ndarray, given_E: np.ndarray, rng: np.random.Generator) -> Told:
-    """By the log odds of the given answers and of answers that are wrong on purpose."""
-    log_p_EK, given_E = log_p_EK[:ENOUGH], given_E[:ENOUGH]
-    log_odds = log_p_EK - np.log1p(-np.exp(log_p_EK).clip(max=1 - 1e-12))
-    n_known = int(given_E.max()) + 1
-    n = n_known if n_known > 1 else log_odds.shape[1]
-    wrong = (given_E + rng.integers(1, n, len(given_E))) % n
-    rows = np.arange(len(given_E))
-    right, flipped = log_odds[rows, given_E], log_odds[rows, wrong]
-    drawn = [rng.integers(len(rows), size=len(rows)) for _ in range(DRAWS)]
-    low, high = np.quantile([auc(right[some], flipped[some]) for some in drawn], [0.025, 0.975])
-    return Told(auc(right, flipped), (float(low), float(high)))
+def told_apart(right_E: np.ndarray, wrong_E: np.ndarray, rng: np.random.Generator) -> Told:
+    """By log odds of rows' own answers and of answers that are wrong on purpose."""
+    right_E, wrong_E = right_E[:ENOUGH], wrong_E[:ENOUGH]
+    drawn = [rng.integers(len(right_E), size=len(right_E)) for _ in range(DRAWS)]
+    low, high = np.quantile([auc(right_E[some], wrong_E[some]) for some in drawn], [0.025, 0.975])
+    return Told(auc(right_E, wrong_E), (float(low), float(high)))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a label model sees of a prompt: hidden states of a layer, or the words alone. Imports torch and numpy.
+"""What a label model sees: answers by number, and of a prompt states of a layer or its words. Imports torch and numpy.
 
 Each view is a matrix with a row for each row of the data, times coefficients the logits of the answers: a dense one of
 decorrelated states, or a bag of hashed words and pairs of words, weighted by their inverse frequency (no model in it).
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +109,36 @@ class WordMap:
         values = torch.where(self.known[places] == hashes_NG, self.weight[places], 0.0)
         norm = values.norm(dim=1, keepdim=True).clamp(min=1e-9)
         return Bag(torch.where(values > 0, places, 0), values / norm, len(self.known))
+
+
+class Answers:
+    """Answers as 0 to K - 1, those of validation rows first; the last may be one for all that come once.
+
+    Args:
+        known_M, observed_N: the answers of both sides, as any integers.
+    """
+
+    def __init__(self, known_M: np.ndarray, observed_N: np.ndarray):
+        answers, counts = np.unique(observed_N, return_counts=True)
+        known = np.unique(known_M)
+        rest = np.setdiff1d(answers[counts > 1], known)
+        self._names = np.concatenate([known, rest])
+        self._order = np.argsort(self._names, kind="stable")
+        self._sorted = self._names[self._order]
+        self.another = len(self._names)
+        self.n = self.another + int(len(np.setdiff1d(answers, self._names)) > 0)
+
+    def numbers(self, answers: np.ndarray) -> np.ndarray:
+        """The number of each, int64; `another` for those that are none of them."""
+        if not len(self._sorted):
+            return np.full(len(answers), self.another)
+        place = np.searchsorted(self._sorted, answers).clip(max=len(self._sorted) - 1)
+        found = self._sorted[place] == answers
+        return np.where(found, self._order[place], self.another).astype(np.int64)
+
+    def names(self, numbers: np.ndarray) -> np.ndarray:
+        """The answers as they were given; 0 for `another`."""
+        return np.append(self._names, 0)[numbers]
 
 
 def views_of(features: Mapping[str, Tensor]) -> dict[str, Any]:
