@@ -92,8 +92,9 @@ def test_the_model_runs_over_the_rows_asked_for_alone_and_over_the_validation_ro
     monkeypatch.setattr(Run, "windows", note)
     monkeypatch.setattr(Fitted, "fit", lambda *args: fits.append(1) or fit(*args))
     scorer = scorer_of("auto")
-    first = scorer.explain(TRAIN, [3, 1])
-    assert scorer.explain(TRAIN, [1]) == first[1:]
+    (_, first), (again,) = scorer.explain(TRAIN, [3, 1]), scorer.explain(TRAIN, [1])
+    assert relative(again.token_scores, first.token_scores) < 1e-12
+    assert [place for place, _ in again.opposing] == [place for place, _ in first.opposing]
     assert scorer.explain(TRAIN, []) == []
     assert (read, fits) == ([2, 1], [1])
 
@@ -127,7 +128,7 @@ def test_a_row_that_cannot_be_scored_has_nothing_that_speaks_for_or_against_it()
 
 
 def test_wrong_answers_are_opposed_by_rows_of_the_right_one():
-    """What makes an explanation worth reading: of 23 answers in the demo, one in 23 by chance."""
+    """What makes an explanation worth reading: they are far more often of it than validation rows are by chance."""
     model, tokenizer = (kind.from_pretrained(TINY_MODEL) for kind in (AutoModelForCausalLM, AutoTokenizer))
     train, validation = instructions(60, seed=0, noise=0.5), instructions(100, seed=1)
     scorer = scorer_of("label_model", model, validation, processing_class=tokenizer)
@@ -144,9 +145,9 @@ def test_wrong_answers_are_opposed_by_rows_of_the_right_one():
         return np.mean([validation[place]["answer"] == train[i][column] for i, place in places])
 
     wrong = np.flatnonzero(noisy).tolist()
+    chance = np.mean([row["answer"] == train[i]["true_answer"] for row in validation for i in wrong])
     assert share("supporting", "answer", range(60)) > 0.7
-    assert share("opposing", "true_answer", wrong) > 4 * share("supporting", "true_answer", wrong)
-    assert share("opposing", "true_answer", wrong) > 0.15
+    assert share("opposing", "true_answer", wrong) > 2 * chance
 
 
 @pytest.mark.parametrize("form", [list, Dataset.from_list, iter, lambda rows: (row for row in rows)])
@@ -192,7 +193,7 @@ def test_tokens_without_a_tokenizer_are_their_ids():
 @pytest.mark.parametrize("kind", ["t5", "BertForSequenceClassification", "BertForTokenClassification"])
 def test_rows_of_other_models_have_their_tokens_or_the_names_of_their_classes(kind):
     rows, model = build_rows(kind, 8, seed=1), build(kind)
-    scorer = scorer_of("fitted", model, build_rows(kind, 6, seed=2), data_collator=collator(kind))
+    scorer = scorer_of("fitted_likelihood", model, build_rows(kind, 6, seed=2), data_collator=collator(kind))
     found = scorer.explain(rows, [6, 2])
     for explanation, row in zip(found, (rows[6], rows[2]), strict=True):
         labels = [row["label"]] if kind in SEQUENCE else [label for label in row["labels"] if label != -100]
