@@ -126,7 +126,7 @@ def test_a_resumed_run_leaves_the_report_of_the_weights_that_were_scored(tmp_pat
     assert len(reports) == 1
 
 
-def test_scores_of_another_model_or_none_to_compare_with_are_not_explained_by_this_one(tmp_path, reports):
+def test_scores_of_another_model_or_none_to_compare_with_are_not_explained_by_this_one(tmp_path, reports, caplog):
     scores = ForValueScorer(build_model(seed=1), VALIDATION, progress=False).score(rows_with_id())
     for validation in (VALIDATION, None):
         model = build_model()
@@ -135,6 +135,20 @@ def test_scores_of_another_model_or_none_to_compare_with_are_not_explained_by_th
         make_trainer(tmp_path, [callback], model=model, max_steps=1).train()
         assert passes.n == 1  # of the training alone
     assert [(made["validation"], made["explanations"]) for made in reports] == [(VALIDATION, None), (None, None)]
+    assert caplog.text == ""
+
+
+def test_ranks_that_could_not_go_on_alone_explain_nothing(tmp_path, reports, monkeypatch):
+    """With sharded weights a rank that fails ends the others, and a report must end nobody."""
+    make = ForValueScorer.__init__
+
+    def make_sharded(self, *args, **options):
+        make(self, *args, **options)
+        self.run.sharded = True
+
+    monkeypatch.setattr(ForValueScorer, "__init__", make_sharded)
+    make_trainer(tmp_path, [ForValueCallback(VALIDATION)], max_steps=1).train()
+    assert [made["explanations"] for made in reports] == [None]
 
 
 def fail(*args, **kwargs):

@@ -18,6 +18,7 @@ from forvalue_callbacks.tiny import instructions
 from helpers.answers import rows_of
 from helpers.kinds import SEQUENCE, TOKEN, build, build_rows, collator
 from helpers.models import build_model, llava
+from helpers.models import build_rows as random_rows
 from helpers.oracles import relative
 from helpers.tokenizers import build_tokenizer
 
@@ -74,9 +75,10 @@ def test_validation_rows_are_those_of_the_greatest_and_least_cosines_of_all_pair
 @pytest.mark.parametrize("options", [{"normalize": "cosine"}, {"normalize": "length"}, {"vocab": "seen"}])
 def test_settings_that_scores_depend_on(options):
     """Tokens have the scores of `token_scores` over all rows; validation rows are near whatever the setting."""
-    scorer, plain = scorer_of(**options), scorer_of()
-    want = scorer.token_scores(TRAIN)
-    for explanation, other in zip(scorer.explain(TRAIN, [4, 2]), plain.explain(TRAIN, [4, 2]), strict=True):
+    rows, validation = random_rows(12, seed=1), random_rows(5, seed=2)
+    scorer, plain = scorer_of(validation=validation, **options), scorer_of(validation=validation)
+    want = scorer.token_scores(rows)
+    for explanation, other in zip(scorer.explain(rows, [4, 2]), plain.explain(rows, [4, 2]), strict=True):
         assert relative(explanation.token_scores, want[explanation.row]) < 1e-12
         assert explanation.supporting == other.supporting
 
