@@ -192,9 +192,8 @@ class ForValueScorer:
             plan.passes.insert(-1, Pass(VALIDATION, n_validation))
         plan.passes.insert(-1, Pass(PAIRS_WITH, n_validation))
         with self._at_work(examples, plan, "explaining"):
-            state = side.state()
+            state = self._seen_only(side.state(), dataset)
             pairs = Pairs(self.run, near.method, near.state(), near.samples(), near.n_rows)
-            state = self._seen_only(state, dataset)
             return Explainer(self.run, side.method, state, pairs, self._texts, n_nearest).explained(examples, rows)
 
     @together("scoring pairs")

@@ -1,5 +1,7 @@
 """What speaks for and against rows: tokens and validation rows, with every method, of the rows asked for alone."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,22 @@ def test_the_model_runs_over_the_rows_asked_for_alone_and_over_the_validation_ro
     assert [place for place, _ in again.opposing] == [place for place, _ in first.opposing]
     assert scorer.explain(TRAIN, []) == []
     assert (read, fits) == ([2, 1], [1])
+
+
+def test_the_passes_to_come_are_said_and_made(capsys):
+    for options, before in (({"method": "auto"}, "validation rows, "), ({"vocab": "seen"}, "labels of all rows, ")):
+        scorer = ForValueScorer(build_model(), VALIDATION, ForValueConfig(**options))
+        scorer.explain(TRAIN, [1, 2])
+        said = capsys.readouterr().err
+        name = options.get("method", "gradient")
+        assert (
+            f"For-Value ({name}): explaining 2 rows by 60 validation rows: 4 passes (validation rows, {before}" in said
+        )
+        total = 3 * 60 + 2 if name == "auto" else 2 * 60 + 30 + 2
+        assert re.search(rf"4 of 4: rows to score: 100%\|█+\| {total}/{total} ", said)
+        scorer.explain(TRAIN, [1, 2])
+        known = "2 passes (" if name == "auto" else "3 passes (labels of all rows, "
+        assert f"{known}validation rows, for pairs, rows to score)" in capsys.readouterr().err
 
 
 def test_scores_and_the_model_are_left_as_found():
