@@ -179,7 +179,7 @@ class ForValueScorer:
         Raises:
             ValueError: a place that the data set does not have.
         """
-        dataset = kept(dataset)
+        dataset = kept(dataset) if self.config.vocab == "seen" else dataset
         rows = [int(row) for row in rows]
         with together("reading the rows to explain"):
             examples = rows_at(dataset, rows)
