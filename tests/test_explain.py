@@ -173,8 +173,9 @@ def test_wrong_answers_are_opposed_by_rows_of_the_right_one():
 @pytest.mark.parametrize("form", [list, Dataset.from_list, iter, lambda rows: (row for row in rows)])
 @pytest.mark.parametrize("vocab", ["full", "seen"])  # which is that of all rows
 def test_rows_of_data_sets_in_any_form(form, vocab):
-    found = scorer_of(vocab=vocab).explain(form(TRAIN), np.array([9, 2]))
-    assert found == scorer_of(vocab=vocab).explain(TRAIN, [9, 2])
+    rows, validation = random_rows(12, seed=1), random_rows(5, seed=2)
+    found = scorer_of(vocab=vocab, validation=validation).explain(form(rows), np.array([9, 2]))
+    assert found == scorer_of(vocab=vocab, validation=validation).explain(rows, [9, 2])
 
 
 class Noted:
