@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -20,19 +20,23 @@ from .config import ForValueConfig
 from .core.fit import Fit
 from .data.classification import sequence_segment, token_segment
 from .data.collated import OneByOne
+from .data.pieces import pieces
 from .data.reader import Reader
-from .data.reading import kept
+from .data.reading import kept, rows_at
 from .data.seq2seq import decoder_segment
 from .data.sft import RowConfig, RowPreparer
 from .methods import METHODS
-from .methods.base import ROWS, State, put_together, token_columns
+from .methods.base import ROWS, VALIDATION, State, put_together, token_columns
+from .methods.explain import Explainer, nearest_by, tokens_by
 from .methods.fitted import fit_of
 from .methods.pairs import PAIRS, PAIRS_WITH, Pairs, pairs_file
 from .model.backbone import Backbone, left_as_found
 from .model.fingerprint import digest
+from .model.kinds import classifies
 from .model.ranks import of_first_rank, together, world
 from .model.run import Run, Window
 from .progress import Pass, Plan, Progress, size
+from .scores.explanations import Explanation
 from .scores.scores import ForValueScores
 from .scores.writer import open_writer, parts_folder
 from .validation import ValidationSide
@@ -143,19 +147,59 @@ class ForValueScorer:
     def token_scores(self, dataset: Iterable[Mapping[str, Any]]) -> list[Tensor]:
         """Scores of each row's labelled tokens, float64 (n_labelled,) each, empty where a row cannot be scored.
 
-        They sum to the row's score (with `normalize="none"`).
+        They sum to the row's score (with `normalize="none"`) where the method is `tokenwise`. "auto" and "label_model"
+        have one number per row: the tokens' are then those of "fitted_likelihood", which sum to its score of the row.
         """
-        self._refuse_unless(METHODS[self.config.method].tokenwise, "token scores")
         dataset = kept(dataset) if self.config.vocab == "seen" else dataset
         out: list[Tensor] = []
-        with self._at_work(dataset, self._plan(dataset)):
-            method, state = self.validation.method, self._seen_only(self.validation.state(), dataset)
+        side = self.validation.under(tokens_by(self.config.method))
+        with self._at_work(dataset, self._plan(dataset, side)):
+            method, state = side.method, self._seen_only(side.state(), dataset)
             score = partial(token_columns, method, state, self.backbone.head())
             for window in self.run.windows(dataset, method, score, ROWS):
                 assert isinstance(window, Window)
                 tokens = zip(window.columns["tokens"], window.reasons, strict=True)
                 out += [torch.from_numpy(values if reason is None else np.zeros(0)) for values, reason in tokens]
         return out
+
+    @together("explaining rows")
+    def explain(self, dataset: Iterable[Any], rows: Sequence[int], n_nearest: int = 3) -> list[Explanation]:
+        """What speaks for and against some rows: their tokens, and the validation rows nearest to them.
+
+        Tokens have the scores of `token_scores`. Validation rows are near by the cosine of both rows' gradients: it
+        finds those with the right answer of a wrong one more often than `pairwise` does, whose greatest numbers are
+        those of long rows. Where the method has no scores of pairs, they are in the metric of "whitened".
+
+        The model runs over the rows asked for alone, and over the validation rows for what is not known of them yet.
+
+        Args:
+            dataset: the data set that they are rows of.
+            rows: their places in it.
+            n_nearest: so many validation rows at most that speak for a row, and as many that speak against it.
+
+        Returns:
+            One explanation each, in the order of `rows`; without tokens and validation rows where a row cannot be
+            scored.
+
+        Raises:
+            ValueError: a place that the data set does not have.
+        """
+        dataset = kept(dataset) if self.config.vocab == "seen" else dataset
+        rows = [int(row) for row in rows]
+        with together("reading the rows to explain"):
+            examples = rows_at(dataset, rows)
+        if not rows:
+            return []
+        name = self.config.method
+        side, near = self.validation.under(tokens_by(name)), self.validation.under(nearest_by(name))
+        plan, n_validation = self._plan(examples, side), len(self.validation.samples())
+        if near is not side and near.known is None:
+            plan.passes.insert(-1, Pass(VALIDATION, n_validation))
+        plan.passes.insert(-1, Pass(PAIRS_WITH, n_validation))
+        with self._at_work(examples, plan, "explaining"):
+            state = self._seen_only(side.state(), dataset)
+            pairs = Pairs(self.run, near.method, near.state(), near.samples(), near.n_rows)
+            return Explainer(self.run, side.method, state, pairs, self._texts, n_nearest).explained(examples, rows)
 
     @together("scoring pairs")
     def pairwise(self, dataset: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Tensor:
@@ -232,24 +276,30 @@ class ForValueScorer:
         return OneByOne(data_collator, segments[backbone.kind], columns, main, most, backbone.n_tokens)
 
     @contextmanager
-    def _at_work(self, dataset: Iterable[Any], plan: Plan) -> Iterator[None]:
+    def _at_work(self, dataset: Iterable[Any], plan: Plan, doing: str = "scoring") -> Iterator[None]:
         """The model is checked, and left as found; what is done is seen."""
         self.validation.check()
         n = size(dataset)
         rows = "a stream of rows" if n is None else f"{n:,} rows"
         n_known = len(self.validation.samples())
         by = f"by {n_known:,} validation rows" if n_known else "without validation rows"
-        title = f"For-Value ({self.config.method}): scoring {rows} {by}"
+        title = f"For-Value ({self.config.method}): {doing} {rows} {by}"
         with left_as_found(self.backbone.model), self.run.progress.over(title, plan, self.run.wait):
             yield
 
-    def _plan(self, dataset: Iterable[Any]) -> Plan:
-        side = self.validation
+    def _plan(self, dataset: Iterable[Any], side: ValidationSide | None = None) -> Plan:
+        side = side or self.validation
         side.look_at(dataset)
         plan = side.method.plan(side.samples() or side.first, size(dataset), side.known is not None)
         if self.config.vocab == "seen":
             plan.passes.insert(len(plan.passes) - 1, Pass(LABELS, size(dataset), 0.0))
         return plan
+
+    def _texts(self, predicted: Sequence[int]) -> tuple[str, ...]:
+        """Of each class or token that is predicted."""
+        if classifies(self.backbone.kind):
+            return tuple(self.backbone.causal.config.id2label.get(place, str(place)) for place in predicted)
+        return pieces(self.run.reader.prepare.processing_class, predicted)
 
     def _writer(self, path: str | Path | None, dataset: Iterable[Any]) -> Any:
         """Where windows go, on the first rank: beside the file of the scores, or to a folder that nobody keeps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -60,7 +60,20 @@ class ValidationSide:
         self._samples: list[Sample] | None = None
         self._method: Method | None = None
         self._provenance: dict[str, str] | None = None
+        self._others: dict[str, ValidationSide] = {}
         self._checked = False
+
+    def under(self, name: str) -> ValidationSide:
+        """The same rows as another method sees them, by its plain settings; itself where it is that method's."""
+        if name == self.config.method:
+            return self
+        if name not in self._others:
+            self.check()
+            plain = replace(self.config, method=name, normalize="none", vocab="full")
+            other = ValidationSide(self.run, self.dataset, plain, self.row_config)
+            other._samples, other.n_rows, other._checked = self.samples(), self.n_rows, True
+            self._others[name] = other
+        return self._others[name]
 
     def samples(self) -> list[Sample]:
         """The rows that can be scored.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,46 @@ def examples_of(dataset: Iterable[Any]) -> Iterator[Any]:
             f"a {type(dataset).__name__} is no data set of rows: give a list of rows, or what datasets.load_dataset, "
             "Dataset.from_dict or Dataset.from_pandas makes of it."
         )
-    by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if type(dataset) in (list, tuple):  # one that is derived may make its rows by index
         return iter(dataset)
     if isinstance(dataset, datasets.Dataset):
         return _apart(dataset) if dataset.format["type"] == "custom" else iter(dataset)
-    if not by_index or isinstance(dataset, torch.utils.data.IterableDataset):
+    if not _by_index(dataset):
         return _apart(dataset)
     rows: Any = dataset
     return _apart(rows[index] for index in range(len(rows)))
+
+
+def rows_at(dataset: Any, places: Sequence[int]) -> list[Any]:
+    """Some rows of a data set, in the order asked for: no others are read, but of a stream all of them.
+
+    Raises:
+        ValueError: a place that it does not have; what `examples_of` refuses.
+    """
+    rows = examples_of(dataset)
+    if _by_index(dataset):
+        _refuse_outside(places, len(dataset))
+        some: Any = torch.utils.data.Subset(dataset, places)
+        return list(examples_of(some))
+    wanted, found, n = set(places), {}, 0
+    for place, row in enumerate(rows):
+        n = place + 1
+        if place in wanted:
+            found[place] = row
+    _refuse_outside(places, n)
+    return [found[place] for place in places]
+
+
+def _by_index(dataset: Any) -> bool:
+    """Whether rows can be had by their place."""
+    by_index = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return by_index and not isinstance(dataset, torch.utils.data.IterableDataset)
+
+
+def _refuse_outside(places: Sequence[int], n: int) -> None:
+    for place in places:
+        if not 0 <= place < n:
+            raise ValueError(f"row {place} is asked for, and the data set has {n:,} rows, from row 0 on.")
 
 
 def _apart(dataset: Iterable[Any]) -> Iterator[Any]:

@@ -180,6 +180,10 @@ class Method:
         """M of `<h, M h'>`, in which gradients are compared; None: the identity."""
         return None
 
+    def norms(self, state: State, head: Head, positions: Positions) -> np.ndarray:
+        """Norm of the gradient of each segment in that metric, (segments,); where `pairwise`."""
+        raise NotImplementedError
+
     def tokens(self, state: State, head: Head, positions: Positions) -> tuple[Tensor, Tensor]:
         """Score and log-likelihood of each position, (T,) both; where `tokenwise`."""
         raise NotImplementedError

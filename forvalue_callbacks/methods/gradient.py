@@ -33,13 +33,12 @@ class HeadMethod(Method):
         if self.normalize == "length":
             values = values / lengths
         elif self.normalize == "cosine":
-            values = values / self._norms(state, head, positions)
+            values = values / self.norms(state, head, positions)
         finite = np.isfinite(values) & np.isfinite(log_p)
         columns = {"score": values, "log_likelihood": log_p, "n_labelled": lengths.astype(np.int64)}
         return {**columns, "reason": reasons_unless(finite)}
 
-    def _norms(self, state: State, head: Head, positions: Positions) -> np.ndarray:
-        """Norm of each row's own gradient."""
+    def norms(self, state: State, head: Head, positions: Positions) -> np.ndarray:
         hidden, metric = positions.hidden_TD, self.metric(state)
         metric_TD = None if metric is None else hidden.to(metric) @ metric
         square = core.squared_norms(head, hidden, positions.target_T, positions.lengths, metric_TD=metric_TD)

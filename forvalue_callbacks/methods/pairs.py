@@ -34,7 +34,7 @@ class Pairs:
     """
 
     def __init__(self, run: Run, method: Method, state: State, validation: Sequence[Sample], n_validation: int):
-        self.run, self.method, self.n_validation = run, method, n_validation
+        self.run, self.method, self.state, self.n_validation = run, method, state, n_validation
         with together("running the validation rows", run.sharded):
             self.side = concatenate(run.positions(validation, method, PAIRS_WITH, all_ranks=True))
         metric = method.metric(state)
@@ -42,9 +42,10 @@ class Pairs:
 
     def windows(self, dataset: Iterable[Any], skip: Any = None) -> Iterator[Window | int]:
         """ "pairs" of the rows, (rows, n_validation) float64, NaN where a row of either side has no score."""
-        return self.run.windows(dataset, self.method, self._score, PAIRS, skip, core.PAIR_TILE)
+        return self.run.windows(dataset, self.method, self.score, PAIRS, skip, core.PAIR_TILE)
 
-    def _score(self, positions: Positions) -> Columns:
+    def score(self, positions: Positions) -> Columns:
+        """ "pairs" of the rows of these positions."""
         side = self.side
         values = core.score_pairs(
             self.run.backbone.head(),

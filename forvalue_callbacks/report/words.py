@@ -88,13 +88,21 @@ def _interval(share: float, error: float | None) -> str:
     return f" (95 %: {max(0.0, share - 1.96 * error):.2f} to {min(1.0, share + 1.96 * error):.2f})"
 
 
-def numbers(scores: ForValueScores, weights: np.ndarray, seconds: float) -> dict[str, float]:
-    """What there is to log, JSON-able: what the weights do, and the shares and evidence where scores have them."""
+def numbers(
+    scores: ForValueScores, weights: np.ndarray, seconds: float, chosen: np.ndarray | None = None
+) -> dict[str, float]:
+    """What there is to log, JSON-able: what the weights do, and the shares and evidence where scores have them.
+
+    Args:
+        chosen: weights that are not used, in a dry run: how many rows they would drop.
+    """
     found = {
         **describe(weights),
         "unscored": int(np.isnan(scores.values).sum()),
         "seconds": round(seconds, 3),
     }
+    if chosen is not None:
+        found["would_drop"] = int((chosen == 0).sum())
     if (noise := scores.noise) is not None:
         found["noise_share"] = noise.share
         found |= {f"share_{kind}": share for kind, share in noise.shares.items()}
@@ -102,17 +110,29 @@ def numbers(scores: ForValueScores, weights: np.ndarray, seconds: float) -> dict
     return {f"forvalue_{name.replace(' ', '_')}": value for name, value in found.items()}
 
 
-def lines(scores: ForValueScores, weights: np.ndarray, policy: Policy, seconds: float | None, drawn: bool) -> str:
+def lines(
+    scores: ForValueScores,
+    weights: np.ndarray,
+    policy: Policy,
+    seconds: float | None,
+    drawn: bool,
+    dry_run: bool = False,
+) -> str:
     """What came of the scores: the evidence, the shares, what is kept and dropped.
 
     Args:
         seconds: how long the scoring took; None: it was done before.
         drawn: kept rows take the places of dropped ones, so it says how often each is drawn.
+        dry_run: nothing is done with the weights.
     """
     facts = describe(weights)
     how = "with the scores made before" if seconds is None else f"scored in {seconds:.1f} s"
     out = [f"For-Value: {len(scores):,} rows {how}", scores.summary()]
-    out.append(f"policy      {policy} keeps {facts['kept']:,} rows and drops {facts['dropped']:,}")
+    kept, dropped = (f"{facts[name]:,}" for name in ("kept", "dropped"))
+    if dry_run:
+        out.append(f"policy      {policy} would keep {kept} rows and drop {dropped}: a dry run, nothing is dropped")
+        return "\n".join(out)
+    out.append(f"policy      {policy} keeps {kept} rows and drops {dropped}")
     if drawn:
         mean, most = facts["draws_per_kept_row_mean"], facts["draws_per_kept_row_max"]
         out.append(

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config import ForValueConfig
 from ..data.reading import kept
+from ..methods import METHODS
 from ..model.ranks import of_all_ranks, together
 from ..policies import Policy, as_policy
 from ..progress import speaking
@@ -20,6 +21,7 @@ from ..report.words import lines, numbers
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
 from ..scores.writer import remove_parts
+from .page import write_report
 from .refusals import groups_of, refuse_other_rows, refuse_policy, refuse_trainer
 from .sampler import INSTEAD, find_sampler, install_sampler
 from .settings import (
@@ -46,7 +48,8 @@ class ForValueCallback(TrainerCallback):
 
     The scores lie in `output_dir/forvalue_scores.parquet` and in every checkpoint. A resumed run reuses them, since
     its weights are no longer those that the scores came from; a new run reuses them if nothing has changed. What is
-    done and found is said on the first rank, and the numbers are in `state.log_history`, TensorBoard and W&B.
+    done and found is said on the first rank, and the numbers are in `state.log_history`, TensorBoard and W&B. A report
+    is in `output_dir/forvalue_report.html`; to explain rows there the model runs over the validation rows again.
 
     Args:
         validation_dataset: clean rows of the kind that the model should become good at, in any form that the scorer
@@ -55,9 +58,10 @@ class ForValueCallback(TrainerCallback):
         config: `ForValueConfig`; `forward_dtype` is the trainer's precision if not given.
         scores: scores of exactly the trainer's training rows, or the path of their file, in place of scoring.
         groups: group of each training row, (N,), for a policy with a `group_column` that the trainer has removed.
-        verbose: say what is done and found, with a bar where the trainer's own bars are shown.
+        verbose: say what is done and found, with a bar where the trainer's own bars are shown, and write the report.
+        dry_run: score, report, and train on every row as without the callback; it is said what the policy would drop.
 
-    After scoring, `scores` (`ForValueScores`) and `weights` (float64 (N,)) can be read.
+    After scoring, `scores` (`ForValueScores`) and `weights` (float64 (N,), all one in a dry run) can be read.
 
     Raises:
         TypeError: a policy or config that is none.
@@ -78,6 +82,7 @@ class ForValueCallback(TrainerCallback):
         scores: ForValueScores | str | Path | None = None,
         groups: Sequence[Any] | None = None,
         verbose: bool = True,
+        dry_run: bool = False,
     ):
         self.validation_dataset = kept(validation_dataset)
         self.policy = as_policy(policy)
@@ -86,11 +91,12 @@ class ForValueCallback(TrainerCallback):
         self.groups = groups
         self.weights: np.ndarray | None = None
         self.verbose = verbose
+        self.dry_run = dry_run
         self._given = self.scores is not None
         self._running = False
         self._control: TrainerControl | None = None
         self._state: TrainerState | None = None
-        if validation_dataset is None and not self._given:
+        if validation_dataset is None and not self._given and METHODS[self.config.method].needs_validation:
             raise TypeError("the validation_dataset is None: give clean rows of the kind to become good at")
         refuse_policy(self.policy, self._log_odds)
         self._living.add(self)
@@ -162,17 +168,23 @@ class ForValueCallback(TrainerCallback):
             self.scores.save(file)  # before a policy can refuse them
             remove_parts(file)
         seconds = time.perf_counter() - started
-        self.weights = apply_policy(self.policy, self.scores, dataset, groups)
-        install_sampler(train_dataloader, self.weights, seed=args.seed if args.data_seed is None else args.data_seed)
-        found = numbers(self.scores, self.weights, seconds)
+        chosen = apply_policy(self.policy, self.scores, dataset, groups)
+        self.weights = np.ones(len(chosen)) if self.dry_run else chosen
+        if not self.dry_run:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            install_sampler(train_dataloader, self.weights, seed=seed)
+        found = numbers(self.scores, self.weights, seconds, chosen if self.dry_run else None)
         state.log_history.append({**found, "epoch": state.epoch or 0.0, "step": state.global_step})
         if again:
             progress.say("For-Value: the run begins again, with the scores made before its first step")
             return
-        warn_of_unscored(self.scores)
+        warn_of_unscored(self.scores, self.dry_run)
         if first:
             report(args, state.global_step, found)
-        progress.say(lines(self.scores, self.weights, self.policy, seconds if made_anew else None, drawn=True))
+        took = seconds if made_anew else None
+        progress.say(lines(self.scores, chosen, self.policy, took, drawn=True, dry_run=self.dry_run))
+        if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
+            write_report(args, scorer, self.scores, dataset, chosen)
 
     def _refuse_another(self, state: TrainerState) -> None:
         """Callbacks cannot see each other: those of one trainer know it by the objects that it shows them all."""

@@ -17,6 +17,7 @@ from ..progress import speaking
 from ..report.words import lines
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
+from .page import write_report
 from .refusals import groups_of, refuse_policy, refuse_trainer, shortener
 from .settings import apply_policy, checked_config, progress_of, scores_file, settings_of, warn_of_unscored
 
@@ -31,6 +32,7 @@ def prefilter(
     *,
     groups: Sequence[Any] | None = None,
     verbose: bool = True,
+    dry_run: bool = False,
 ) -> ForValueScores:
     """Shorten `trainer.train_dataset` to the rows that the policy keeps; call it before `trainer.train()`.
 
@@ -40,9 +42,10 @@ def prefilter(
         validation_dataset: clean rows; the trainer's `eval_dataset` by default (its loss is then no longer an
             independent measure of the result).
         policy, groups, verbose: as for `ForValueCallback`. Policies that weight rows (`Reweight`) need the callback.
+        dry_run: score, report, and leave all rows where they are; it is said what the policy would drop.
 
     Returns:
-        The scores of all rows, also kept in `output_dir/forvalue_scores.parquet`.
+        The scores of all rows, also kept in `output_dir/forvalue_scores.parquet`; beside it lies the report.
 
     Raises:
         TypeError: a policy or config that is none.
@@ -52,12 +55,19 @@ def prefilter(
     """
     args: Any = trainer.args
     with speaking(args.process_index == 0):
-        return _prefilter(trainer, validation_dataset, as_policy(policy), checked_config(config), groups, verbose)
+        chosen = as_policy(policy), checked_config(config)
+        return _prefilter(trainer, validation_dataset, *chosen, groups, verbose, dry_run)
 
 
 @together("shortening the training rows")
 def _prefilter(
-    trainer: Any, validation_dataset: Any, policy: Policy, config: ForValueConfig, groups: Any, verbose: bool
+    trainer: Any,
+    validation_dataset: Any,
+    policy: Policy,
+    config: ForValueConfig,
+    groups: Any,
+    verbose: bool,
+    dry_run: bool,
 ) -> ForValueScores:
     args, dataset = trainer.args, trainer.train_dataset
     refuse_trainer(args, dataset)
@@ -83,13 +93,16 @@ def _prefilter(
         progress=progress,
     )
     scores = scorer.score(dataset, file)  # kept before a policy can refuse them
-    warn_of_unscored(scores)
+    warn_of_unscored(scores, dry_run)
     seconds = time.perf_counter() - started
     weights = apply_policy(policy, scores, dataset, groups)
     if len(np.unique(weights[weights > 0])) > 1:  # a policy of the caller's own
         raise ValueError(_WEIGHTS.format(policy))
-    trainer.train_dataset = shorten(np.flatnonzero(weights))
-    progress.say(lines(scores, weights, policy, seconds, drawn=False))
+    if not dry_run:
+        trainer.train_dataset = shorten(np.flatnonzero(weights))
+    progress.say(lines(scores, weights, policy, seconds, drawn=False, dry_run=dry_run))
+    if verbose:
+        write_report(args, scorer, scores, dataset, weights)
     return scores
 
 

@@ -65,12 +65,13 @@ def progress_of(args: TrainingArguments, verbose: bool) -> Progress:
     return Progress(lines=speaks, bars=speaks and not args.disable_tqdm)
 
 
-def warn_of_unscored(scores: ForValueScores) -> None:
+def warn_of_unscored(scores: ForValueScores, dry_run: bool = False) -> None:
     reasons = grouped_reasons(scores.reasons)
     if reasons:
         n = sum(count for count, _ in reasons)
         listed = "; ".join(f"{count} x {reason}" for count, reason in reasons[:3])
-        logger.warning("%d rows have no score and are not trained on: %s", n, listed)
+        what = "would not be trained on but for the dry run" if dry_run else "are not trained on"
+        logger.warning("%d rows have no score and %s: %s", n, what, listed)
 
 
 def folder_of(args: TrainingArguments) -> Path:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, prefilter
 from forvalue_callbacks.data import reader
+from forvalue_callbacks.methods.explain import Explainer
 from forvalue_callbacks.scores.pairs import PairsFile
 from forvalue_callbacks.scores.scores import ForValueScores
 from forvalue_callbacks.scores.writer import ScoreWriter
@@ -56,6 +58,12 @@ def scorer_of(model=None, validation=VALIDATION, data_collator=None, max_tokens=
 
 def told(scores):
     return [scores.values.tolist(), scores.log_likelihood.tolist(), scores.n_labelled.tolist(), scores.reasons]
+
+
+def explained(found):
+    places = [[place for place, _ in side] for side in (found.supporting, found.opposing)]
+    cosines = [[cosine for _, cosine in side] for side in (found.supporting, found.opposing)]
+    return [found.row, found.tokens, list(found.token_scores), found.by, found.nearest_by, places, cosines]
 
 
 def raises(error):
@@ -104,6 +112,13 @@ def scores_by_auto(rank, folder):
 @scenario()
 def token_scores(rank, folder):
     return [tokens.tolist() for tokens in scorer_of().token_scores(TRAIN)]
+
+
+@scenario(method="gradient")
+@scenario(method="label_model")
+def explanations(rank, folder, method):
+    scorer = scorer_of(validation=CLEAN, method=method)
+    return [explained(found) for found in scorer.explain([*NOISY, {"input_ids": [5]}], [70, *range(30, 3, -2)])]
 
 
 @scenario()
@@ -291,6 +306,21 @@ def fewer_rows(rank, folder, n):
 @scenario(*both(r"rank 1 has more rows than rank 0, from row 17 on"))
 def more_rows(rank, folder):
     scorer_of().score(TRAIN[:17] if rank == 0 else TRAIN)
+
+
+@scenario(*both("ValueError: row 24 is asked for, and the data set has 24 rows"))
+def a_row_to_explain_that_is_not_there(rank, folder):
+    scorer_of().explain(TRAIN, [0, 24])
+
+
+@scenario("rank 1 failed while reading the rows to explain.*ValueError: row 24 is asked for", "ValueError: row 24")
+def a_row_to_explain_that_one_rank_does_not_have(rank, folder):
+    scorer_of().explain(TRAIN, [23 + rank])
+
+
+@scenario(*both(r"row 0 is another on rank 1"))
+def other_rows_to_explain(rank, folder):
+    scorer_of().explain(TRAIN, [rank])
 
 
 @scenario(*both(r"validation row 2 is another on rank 1"), way="score")
@@ -496,6 +526,31 @@ def a_callback(rank, folder, times):
     return [told(callback.scores), callback.weights.tolist()]
 
 
+@scenario(fails=-1)
+@scenario(fails=0)
+@scenario(fails=1)
+def a_report(rank, folder, fails):
+    """Where one rank cannot explain rows, the report is without them, and all ranks train."""
+    made = []
+
+    def report(self, path, dataset, explanations=None, **options):
+        made.append(None if explanations is None else len(explanations))
+
+    def unable(*args, **kwargs):
+        if world_rank() == fails and is_one_of_two():
+            raise ArithmeticError("no")
+        return able(*args, **kwargs)
+
+    able = Explainer.explained
+    callback = callback_of()
+    with patch.object(ForValueScores, "report", report, create=True), Patched(Explainer, "explained", unable):
+        trainer = trainer_of(folder / f"report{fails}", [callback])
+        trainer.train()
+    n = 24 if fails < 0 or not is_one_of_two() else None
+    assert made == ([n] if rank == 0 else [])
+    return [callback.weights.tolist(), trainer.state.global_step]
+
+
 @scenario("rank 1 failed while preparing to train.*ArithmeticError: no", "ArithmeticError: no", fails=1)
 @scenario("ArithmeticError: no", "rank 0 failed while preparing to train.*ArithmeticError: no", fails=0)
 def a_policy_that_raises(rank, folder, fails):
@@ -569,6 +624,12 @@ def sharded_and_out_of_memory(rank, folder):
 def sharded_weights(rank, folder, **settings):
     scorer = scorer_of(sharded(**settings))
     return [told(scorer.score(TRAIN)), scorer.run.sharded or not is_one_of_two()]
+
+
+@scenario()
+def explanations_by_sharded_weights(rank, folder):
+    scorer = ForValueScorer(sharded(), CLEAN, ForValueConfig("auto"), progress=False)
+    return [explained(found) for found in scorer.explain(NOISY, [5, 3, 40])]
 
 
 @scenario()

@@ -1,0 +1,60 @@
+"""The report of a run, beside its scores."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from transformers import TrainingArguments
+
+from ..data.reasons import place_of
+from ..scorer import ForValueScorer
+from ..scores.explanations import Explanation, tails
+from ..scores.provenance import differing
+from ..scores.scores import ForValueScores
+from .settings import folder_of
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "forvalue_report.html"
+# So many of the worst rows are explained, and as many of the best.
+EXPLAINED = 20
+
+
+def write_report(
+    args: TrainingArguments, scorer: ForValueScorer, scores: ForValueScores, dataset: Any, weights: np.ndarray
+) -> None:
+    """Writes `forvalue_report.html`, on the first rank; to be called on all, which explain rows together.
+
+    What goes wrong is a warning: no training fails for its report.
+
+    Args:
+        weights: those of the policy, (N,).
+    """
+    write = getattr(scores, "report", None)
+    if write is None:
+        return
+    try:
+        explanations = _explanations(scorer, scores, dataset)
+    except Exception as error:
+        logger.warning("the report explains no rows: %s", place_of(error))
+        explanations = None
+    if args.process_index > 0:
+        return
+    file, validation = folder_of(args) / REPORT_FILE, scorer.validation.dataset
+    try:
+        write(file, dataset, validation=validation, explanations=explanations, weights=weights)
+    except Exception as error:
+        logger.warning("%s is not written: %s", file, place_of(error))
+
+
+def _explanations(scorer: ForValueScorer, scores: ForValueScores, dataset: Any) -> list[Explanation] | None:
+    """Of the worst and the best rows; None where the scores are not this model's by these validation rows, or where
+    the weights are sharded: ranks that fail there cannot tell each other and go on."""
+    if scorer.run.sharded or scorer.validation.dataset is None:
+        return None
+    if differing(scores.metadata.get("provenance", {}), scorer.provenance()):
+        return None
+    worst, best = tails(scores.values, EXPLAINED)
+    return scorer.explain(dataset, [*worst, *best])
