@@ -160,7 +160,12 @@ def open_scorer(options: ScoringOptions, config: ForValueConfig, inputs: Inputs)
         max_length=options.max_length,
         completion_only_loss=False if options.learn_prompts else None,
     )
-    return ForValueScorer(model, inputs.validation, config, processing_class=tokenizer, row_config=row_config)
+    scorer = ForValueScorer(model, inputs.validation, config, processing_class=tokenizer, row_config=row_config)
+    try:
+        scorer.validation.samples()
+    except ValueError as error:
+        raise DataError(f"{options.validation or options.data}: {error}") from error
+    return scorer
 
 
 def _set_template(tokenizer: Any, options: ScoringOptions) -> None:

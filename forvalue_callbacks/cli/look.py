@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from ..data.formats import Form, answer_of, form_of
 from ..data.sources import read
 from ..policies import parse_policy
 from ..scores.scores import ForValueScores
-from .inputs import Inputs
 from .options import parse
+
+if TYPE_CHECKING:
+    from .inputs import Inputs
 
 LONGEST = 100  # letters of a text that is shown
 

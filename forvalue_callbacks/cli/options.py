@@ -12,6 +12,7 @@ from typing import Any
 import yaml  # comes with transformers
 from transformers import HfArgumentParser
 
+from ..data.sources import KINDS
 from ..scores.files import whole_file
 from . import COMMANDS, EXIT_CODES
 
@@ -130,7 +131,8 @@ def parse(
 
 
 class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: Any) -> str | None:  # argparse has no other way
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _check_config(parser: Any, given: list[str], known: set[str]) -> None:
@@ -158,7 +160,8 @@ def run_file(out: str) -> Path:
 def beside(out: str, what: str, suffix: str | None = None) -> Path:
     """kept.jsonl: kept.WHAT.jsonl, or with another suffix."""
     path = Path(out)
-    return path.with_name(f"{path.stem}.{what}{path.suffix if suffix is None else suffix}")
+    stem, own = (path.stem, path.suffix) if path.suffix in KINDS else (path.name, "")  # folders may have dots
+    return path.with_name(f"{stem}.{what}{own if suffix is None else suffix}")
 
 
 def write_run(command: str, out: str, *options: Any) -> Path:

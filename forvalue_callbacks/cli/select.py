@@ -13,6 +13,7 @@ import numpy as np
 from ..config import ForValueConfig
 from ..data.files import DataError, Source
 from ..data.formats import answer_of, with_answer_of
+from ..data.sources import KINDS
 from ..policies import Policy, Relabel, parse_policy
 from ..report.words import lines
 from ..scores.files import whole_file
@@ -115,7 +116,8 @@ def _refuse_outputs(source: Source, options: ScoringOptions, dropped: str) -> No
     if not source.suffix and Path(options.out).suffix == ".parquet":
         source.suffix = ".parquet"
     for out in (options.out, dropped):
-        if Path(out).suffix != source.suffix:
+        suffix = Path(out).suffix
+        if suffix != source.suffix if source.suffix else suffix in KINDS:
             wanted = f"a name that ends in {source.suffix}" if source.suffix else "a folder, or a name in .parquet"
             raise DataError(f"{out}: rows are written in the form they came in ({source.kind}): give {wanted}.")
         refuse_place(out, options, ours=False)

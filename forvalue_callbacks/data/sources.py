@@ -10,7 +10,7 @@ from .files import BOM, Csv, DataError, JsonArray, JsonLines, Source
 from .tables import OfDatasets, Parquet
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # owner/name:config
-_KINDS = (".jsonl", ".json", ".csv", ".parquet")
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def read(name: str, split: str = "train") -> Source:
@@ -28,7 +28,7 @@ def read(name: str, split: str = "train") -> Source:
         source = _of_folder(name, path, split)
     elif path.is_file():
         source = _of_files(name, [path])
-    elif path.suffix in _KINDS or not HUB_ID.fullmatch(name):
+    elif path.suffix in KINDS or not HUB_ID.fullmatch(name):
         raise DataError(f"there is no file or folder {name}: check the path.")
     else:
         source = _of_hub(name, split)
@@ -47,22 +47,18 @@ def _of_folder(name: str, path: Path, split: str) -> Source:
                 raise DataError(f"{name} has no split {split!r}: choose one of {', '.join(rows)}.")
             rows = rows[split]
         return OfDatasets(name, "a saved data set", rows)
-    files = sorted(file for file in path.iterdir() if file.suffix in _KINDS)
+    files = sorted(file for file in path.iterdir() if file.suffix in KINDS)
     kinds = sorted({file.suffix for file in files})
     if len(kinds) != 1:
-        found = (
-            f"files of several kinds ({', '.join(kinds)})" if kinds else f"no files that end in {', '.join(_KINDS)}"
-        )
+        found = f"files of several kinds ({', '.join(kinds)})" if kinds else f"no files that end in {', '.join(KINDS)}"
         raise DataError(f"the folder {name} holds {found}: give a folder with files of one kind, or one file.")
     return _of_files(name, files)
 
 
 def _of_files(name: str, files: Sequence[Path]) -> Source:
     for file in files:
-        if file.suffix not in _KINDS:
-            raise DataError(
-                f"{file}: rows are read from {', '.join(_KINDS)}, not from {file.suffix or 'such a file'}."
-            )
+        if file.suffix not in KINDS:
+            raise DataError(f"{file}: rows are read from {', '.join(KINDS)}, not from {file.suffix or 'such a file'}.")
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty: give a file with rows.")
     if files[0].suffix == ".parquet":
