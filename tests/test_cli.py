@@ -349,7 +349,10 @@ WRONG = {
         {"train.jsonl": '{"messages": [{"role": "user", "content": "x"}]}\n'}, [],
         "no row can be scored; train.jsonl, line 1: no labelled tokens in 'messages': add an assistant's turn",
     ),
-    "no validation row": ({"trusted.jsonl": '{"prompt": "x", "completion": null}\n'}, [], "trusted.jsonl: no validation row can be"),
+    "no validation row": (
+        {"trusted.jsonl": '{"prompt": "x", "completion": null}\n'}, [],
+        "trusted.jsonl: no validation row can be",
+    ),
     "unknown model": ({}, ["--model", "no/such/model"], "the model no/such/model cannot be loaded"),
     "a policy that is none": ({}, ["--policy", "drp:0.2"], "cannot read the policy 'drp:0.2'"),
     "a policy that weights": ({}, ["--policy", "reweight:1.0"], "reweight:1.0 weights rows"),
