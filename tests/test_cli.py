@@ -359,6 +359,10 @@ WRONG = {
     "auto without log odds": ({}, ["--policy", "drop:auto"], "drop:auto needs scores that are log odds"),
     "another form of output": ({}, ["--out", "kept.csv"], "kept.csv: rows are written in the form they came in"),
     "output is input": ({}, ["--out", "train.jsonl"], "train.jsonl is what is read: give another file to write"),
+    "scores over what is read": (
+        {}, ["--scores", "train.jsonl", "--overwrite", "true"], "train.jsonl is what is read: give another file to write"
+    ),
+    "report over what is read": ({}, ["--report", "trusted.jsonl"], "trusted.jsonl is what is read"),
     "two outputs in one": ({}, ["--dropped", "kept.jsonl"], "kept.jsonl is where the kept rows go"),
     "somebody else's output": ({"kept.jsonl": "mine\n"}, [], "kept.jsonl is there, and no run of forvalue is"),
     "two sources": ({}, ["--validation-share", "0.1"], "--validation and --validation-share exclude each other"),

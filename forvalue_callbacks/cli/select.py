@@ -59,10 +59,12 @@ def run_select(options: ScoringOptions, choice: SelectOptions, config: ForValueC
         raise DataError(f"{policy} weights rows, and files hold a row or do not: use drop, keep or threshold.")
     inputs = open_rows(options, policy.group_column)
     dropped = choice.dropped or str(beside(options.out, "dropped"))
+    path = Path(choice.scores or beside(options.out, "scores", ".parquet"))
     _refuse_outputs(inputs.source, options, dropped)
+    for other in filter(None, (str(path), choice.report)):
+        refuse_place(other, options)
     scorer = open_scorer(options, config, inputs)
     run = write_run("select", options.out, options, choice, config)
-    path = Path(choice.scores or beside(options.out, "scores", ".parquet"))
     scores, seconds = scored(scorer, inputs, path, options.overwrite)
     weights, others = decide(policy, scores, inputs)
     print(lines(scores, weights, policy, seconds, drawn=False))
