@@ -360,7 +360,7 @@ WRONG = {
     "another form of output": ({}, ["--out", "kept.csv"], "kept.csv: rows are written in the form they came in"),
     "output is input": ({}, ["--out", "train.jsonl"], "train.jsonl is what is read: give another file to write"),
     "scores over what is read": (
-        {}, ["--scores", "train.jsonl", "--overwrite", "true"], "train.jsonl is what is read: give another file to write"
+        {}, ["--scores", "train.jsonl", "--overwrite", "true"], "train.jsonl is what is read: give another"
     ),
     "report over what is read": ({}, ["--report", "trusted.jsonl"], "trusted.jsonl is what is read"),
     "two outputs in one": ({}, ["--dropped", "kept.jsonl"], "kept.jsonl is where the kept rows go"),
@@ -551,6 +551,21 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_alike():
 
 def n_files():
     return len([*Path().rglob("kept*"), *Path().rglob("part-*")])
+
+
+@pytest.mark.usefixtures("windows")
+def test_parts_beside_scores_that_are_whole_go(monkeypatch):
+    """A kill between writing the one and removing the others leaves both."""
+    from forvalue_callbacks.scores.writer import ScoreWriter
+
+    arguments = [*files(), *FAST, "--out", "kept.jsonl"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreWriter, "remove", lambda self: self.close())
+        patch.setattr("forvalue_callbacks.cli.scoring.remove_parts", lambda path: None)
+        assert select(*arguments) == 0
+    assert Path("kept.scores.parquet.parts").is_dir()
+    assert select(*arguments) == 0
+    assert not Path("kept.scores.parquet.parts").exists()
 
 
 # ---- the other commands ----

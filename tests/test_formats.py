@@ -257,6 +257,14 @@ def test_forms_are_told_by_their_columns(name):
     assert form.chats == any(isinstance(value, list) and name != "tokenised" for value in expected.values())
 
 
+def test_what_comes_before_an_instruction_is_in_the_prompt():
+    row = {"instruction": "do", "output": "done", "system": "x", "history": [["what is the sky", "blue"]]}
+    source = source_of(row)
+    (found,) = FormedRows(source, form_of(source))
+    assert found["prompt"] == chat(("system", "x"), ASKED, SAID, ("user", "do"))
+    assert found["completion"] == chat(("assistant", "done"))
+
+
 def test_own_templates():
     source = source_of({"q": "a", "hint": None, "a": 7}, {"q": "b", "hint": "h", "a": None})
     form = form_of(source, ("{q}\\n{hint}:", " {a}"))

@@ -14,7 +14,7 @@ from ..scorer import ForValueScorer
 from ..scores.files import make_folder
 from ..scores.provenance import differing
 from ..scores.scores import ForValueScores
-from ..scores.writer import parts_folder, read_manifest
+from ..scores.writer import parts_folder, read_manifest, remove_parts
 from .inputs import TAKEN, Inputs, open_rows, open_scorer
 from .options import ScoringOptions, parse, run_file, warn, write_run
 
@@ -47,6 +47,7 @@ def scored(scorer: ForValueScorer, inputs: Inputs, path: Path, overwrite: bool) 
     started = time.perf_counter()
     found = None if overwrite else _found(scorer, inputs, path)
     scores = scorer.score(inputs.rows, path) if found is None else found
+    remove_parts(path)  # a run that was killed between the two leaves both
     bad = [i for i, reason in enumerate(scores.reasons) if reason not in (None, TAKEN)]
     if not np.isfinite(scores.values).any():
         raise DataError(f"no row can be scored; {inputs.source.place(bad[0])}: {scores.reasons[bad[0]]}.")

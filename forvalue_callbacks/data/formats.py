@@ -195,10 +195,11 @@ def _alpaca(row: Mapping[str, Any]) -> Mapping[str, Any]:
             kind = "None" if row.get(column) is None else f"a {type(row[column]).__name__}"
             raise UnscorableError(f"{column!r} is {kind}, not text: fill it or drop the row")
     asked = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
-    if row.get("system"):
-        turns.insert(0, {"role": "system", "content": row["system"]})
-    return {"prompt": turns[:-1], "completion": turns[-1:]}
+    before = [("system", row["system"])] if row.get("system") else []
+    for question, answer in row.get("history") or []:  # as LLaMA-Factory has it
+        before += [("user", question), ("assistant", answer)]
+    turns = [{"role": role, "content": text} for role, text in (*before, ("user", asked))]
+    return {"prompt": turns, "completion": [{"role": "assistant", "content": row["output"]}]}
 
 
 # ---- what the assistant says ----
