@@ -595,6 +595,8 @@ def test_scores_are_looked_at(capsys):
     other = ForValueScores.load("whitened.parquet").values
     same = len(set(order[:12]) & set(np.argsort(other)[:12]))
     assert f"{same} of 12" in capsys.readouterr().out
+    assert main(["compare", "gradient.parquet", "gradient.parquet", "--share", "0.25"]) == 0
+    assert "+1.000  6 of 6" in capsys.readouterr().out
     write("fewer.jsonl", rows[:5])
     assert "has scores of 24 rows, and fewer.jsonl has 5" in failed(
         capsys, 1, "worst", "gradient.parquet", "--data", "fewer.jsonl"
