@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ForValueConfig
-    from .policies import Drop, Keep, Reweight, Threshold
+    from .policies import Drop, Keep, Relabel, Reweight, Threshold
     from .scorer import ForValueScorer
     from .scores.scores import ForValueScores
     from .tiny import TINY_MODEL
@@ -25,6 +25,7 @@ _HOME = {
     "ForValueScores": "scores.scores",
     "ForValueTransform": "transform",
     "Keep": "policies",
+    "Relabel": "policies",
     "Reweight": "policies",
     "Threshold": "policies",
     "prefilter": "trainer.prefilter",
@@ -39,6 +40,7 @@ __all__ = [
     "ForValueScores",
     "ForValueTransform",
     "Keep",
+    "Relabel",
     "Reweight",
     "Threshold",
     "prefilter",

@@ -8,6 +8,7 @@ from forvalue_callbacks.policies import (
     Drop,
     Keep,
     Policy,
+    Relabel,
     Reweight,
     Threshold,
     as_policy,
@@ -15,6 +16,7 @@ from forvalue_callbacks.policies import (
     effective_sample_size,
     parse_policy,
 )
+from forvalue_callbacks.scores.judgements import Judgements
 
 N = 203
 RNG = np.random.default_rng(0)
@@ -269,3 +271,61 @@ def test_policies_say_what_they_ask_for():
     assert Reweight().reweights
     assert Drop(0.1).then(Drop("auto")).needs_log_odds
     assert not Drop(0.1).then(Reweight()).needs_log_odds
+
+
+# ---- Relabel ----
+
+
+def judged(n, suggestions):
+    """Judgements that suggest other answers: {row: (other row, probability)}."""
+    said = Judgements.none(n)
+    for row, (other, probability) in suggestions.items():
+        said.suggested_row[row], said.suggested_probability[row] = other, probability
+    return said
+
+
+def test_relabel_gives_other_answers_to_rows_that_are_dropped_and_sure():
+    scores = np.array([-3.0, -2.0, -1.0, 1.0, 2.0, np.nan])
+    policy = Relabel(0.9)
+    weights = policy(scores)
+    np.testing.assert_array_equal(weights, Drop("auto")(scores))
+    said = judged(6, {0: (4, 0.9), 1: (3, 0.89), 3: (4, 1.0), 5: (3, 0.95)})
+    assert policy.other_answers(weights, said) == {0: 4, 5: 3}
+    assert Relabel(0.5, policy=Drop(0.2)).other_answers(Drop(0.2)(scores), said) == {0: 4, 5: 3}
+    with pytest.raises(ValueError, match="needs to know whose answer is right"):
+        policy.other_answers(weights, None)
+
+
+def test_relabel_is_what_its_policy_is():
+    assert Relabel(0.95) == Relabel()
+    assert (Relabel().needs_log_odds, Relabel().reweights, Relabel().relabels) == (True, False, True)
+    inner = Drop(0.2, group_column="source").then(Reweight())
+    policy = Relabel(0.9, policy=inner)
+    assert (policy.needs_log_odds, policy.reweights, policy.group_column) == (False, True, "source")
+    groups = ["a", "b"] * 100
+    np.testing.assert_array_equal(policy(SCORES[:200], groups), inner(SCORES[:200], groups))
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("drop:auto+relabel:0.95", Relabel(0.95)),
+        ("drop:0.2@label+relabel:0.9", Relabel(0.9, policy=Drop(0.2, group_column="label"))),
+        ("drop:0.2+keep:5+relabel:1.0", Relabel(1.0, policy=Drop(0.2).then(Keep(5)))),
+    ],
+)
+def test_relabel_in_text(text, policy):
+    assert parse_policy(text) == policy
+    assert str(policy) == text
+    assert parse_policy("relabel") == parse_policy("relabel:0.95") == Relabel()
+
+
+def test_what_relabel_refuses():
+    for probability in (0.0, 1.1, True):
+        with pytest.raises(ValueError, match="probability must be in"):
+            Relabel(probability)
+    with pytest.raises(ValueError, match="Relabel takes a policy that drops rows"):
+        Relabel(0.9, policy=Relabel())
+    for make in (lambda: Relabel().then(Drop(0.1)), lambda: Drop(0.1).then(Relabel())):
+        with pytest.raises(ValueError, match="no part of a chain"):
+            make()

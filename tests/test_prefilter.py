@@ -7,10 +7,15 @@ from datasets import Dataset
 from torch.utils.data import Subset
 
 from forvalue_callbacks import (
+    ForValueCallback,
+    ForValueScores,
     Keep,
+    Relabel,
     Reweight,
     prefilter,
 )
+from forvalue_callbacks.policies import Drop
+from forvalue_callbacks.scores.judgements import Judgements
 from forvalue_callbacks.tiny import instructions
 from helpers.models import build_model
 from helpers.trainers import (
@@ -83,3 +88,57 @@ def test_prefilter_of_rows_that_cannot_be_had_by_their_place(tmp_path):
         with pytest.raises(ValueError, match=match):
             prefilter(trainer, VALIDATION)
     assert passes.n == 0
+
+
+@pytest.fixture
+def suggested(monkeypatch):
+    """Scores by row number, of which row 0 should have the answer of the last row, and row 1 rather not."""
+
+    def score(self, dataset, path=None):
+        n = len(dataset)
+        said = Judgements.none(n)
+        said.suggested_row[:2], said.suggested_probability[:2] = n - 1, [0.99, 0.9]
+        return ForValueScores(np.arange(n), [None] * n, np.zeros(n), np.ones(n), judgements=said)
+
+    monkeypatch.setattr("forvalue_callbacks.trainer.prefilter.ForValueScorer.score", score)
+
+
+def start(row):
+    """Where the answer begins, whichever column says so (TRL's versions differ)."""
+    return row["completion_mask"].index(1) if "completion_mask" in row else row["labels"].count(-100)
+
+
+@pytest.mark.usefixtures("suggested")
+def test_prefilter_puts_sure_answers_in_the_place_of_wrong_ones(tmp_path, capsys):
+    policy = Relabel(0.95, policy=Drop(0.25))
+    trainer = make_sft(tmp_path, max_steps=-1, num_train_epochs=1)
+    rows = trainer.train_dataset.to_list()
+    n = len(rows)
+    prefilter(trainer, instructions(10, seed=1), policy)
+    assert "1 of the kept rows have the answer of another row" in capsys.readouterr().err
+    kept = trainer.train_dataset.to_list()
+    assert kept[1:] == rows[n // 4 :]
+    changed, last = kept[0], rows[-1]
+    prompt, answer = rows[0]["input_ids"][: start(rows[0])], last["input_ids"][start(last) :]
+    assert changed["input_ids"] == prompt + answer
+    assert start(changed) == len(prompt)
+    assert (changed["prompt"], changed["completion"]) == (rows[0]["prompt"], last["completion"])
+    trainer.train()
+    assert trainer.state.global_step > 0
+
+
+@pytest.mark.usefixtures("suggested")
+def test_relabelled_rows_in_a_list_and_what_cannot_be_relabelled(tmp_path):
+    policy = Relabel(0.95, policy=Drop(0.25))
+    rows = rows_with_id()
+    trainer = make_trainer(tmp_path, train=list(rows), num_train_epochs=1)
+    prefilter(trainer, VALIDATION, policy, verbose=False)
+    assert trainer.train_dataset[1:] == rows[len(rows) // 4 :]
+    first = next(i for i, label in enumerate(rows[0]["labels"]) if label != -100)
+    last = next(i for i, label in enumerate(rows[-1]["labels"]) if label != -100)
+    assert trainer.train_dataset[0]["labels"] == [-100] * first + rows[-1]["labels"][last:]
+    trainer = make_trainer(tmp_path, train=Rows(rows))
+    with pytest.raises(ValueError, match="a Rows bears not: make it a list"):
+        prefilter(trainer, VALIDATION, policy)
+    with pytest.raises(ValueError, match="a callback cannot: use prefilter"):
+        ForValueCallback(VALIDATION, policy)

@@ -99,6 +99,8 @@ class ForValueCallback(TrainerCallback):
         if validation_dataset is None and not self._given and METHODS[self.config.method].needs_validation:
             raise TypeError("the validation_dataset is None: give clean rows of the kind to become good at")
         refuse_policy(self.policy, self._log_odds)
+        if self.policy.relabels:
+            raise ValueError(f"{self.policy} gives rows other answers, and a callback cannot: use prefilter.")
         self._living.add(self)
 
     @property

@@ -11,8 +11,9 @@ import numpy as np
 from transformers import Trainer
 
 from ..config import ForValueConfig
+from ..data.formats import with_answer_of
 from ..model.ranks import together
-from ..policies import Policy, as_policy
+from ..policies import Policy, Relabel, as_policy
 from ..progress import speaking
 from ..report.words import lines
 from ..scorer import ForValueScorer
@@ -41,7 +42,8 @@ def prefilter(
     Args:
         validation_dataset: clean rows; the trainer's `eval_dataset` by default (its loss is then no longer an
             independent measure of the result).
-        policy, groups, verbose: as for `ForValueCallback`. Policies that weight rows (`Reweight`) need the callback.
+        policy, groups, verbose: as for `ForValueCallback`. Policies that weight rows (`Reweight`) need the callback;
+            `Relabel`, which gives rows other answers, needs this.
         dry_run: score, report, and leave all rows where they are; it is said what the policy would drop.
 
     Returns:
@@ -76,6 +78,10 @@ def _prefilter(
         raise ValueError(_WEIGHTS.format(policy))
     groups = groups_of(policy, dataset, groups)
     shorten = shortener(dataset)
+    if policy.relabels and not (hasattr(dataset, "map") or isinstance(dataset, list)):
+        raise ValueError(
+            f"{policy} gives rows other answers, which a {type(dataset).__name__} bears not: make it a list."
+        )
     file = scores_file(args)
     if validation_dataset is None:
         validation_dataset = trainer.eval_dataset
@@ -98,12 +104,29 @@ def _prefilter(
     weights = apply_policy(policy, scores, dataset, groups)
     if len(np.unique(weights[weights > 0])) > 1:  # a policy of the caller's own
         raise ValueError(_WEIGHTS.format(policy))
+    others = policy.other_answers(weights, scores.judgements) if isinstance(policy, Relabel) else {}
+    weights[list(others)] = 1.0
     if not dry_run:
-        trainer.train_dataset = shorten(np.flatnonzero(weights))
+        changed = {row: with_answer_of(dataset[row], dataset[other]) for row, other in others.items()}
+        places = np.flatnonzero(weights)
+        trainer.train_dataset = _changed(shorten(places), [changed.get(place) for place in places.tolist()])
     progress.say(lines(scores, weights, policy, seconds, drawn=False, dry_run=dry_run))
+    if policy.relabels:
+        progress.say(f"relabelled  {len(others):,} of the kept rows have the answer of another row")
     if verbose:
         write_report(args, scorer, scores, dataset, weights)
     return scores
+
+
+def _changed(dataset: Any, rows: Sequence[Any]) -> Any:
+    """A data set with other rows where there are any."""
+    if not any(rows):
+        return dataset
+    if isinstance(dataset, list):
+        return [new or old for new, old in zip(rows, dataset, strict=True)]
+    return dataset.map(
+        lambda row, i: rows[i] or row, with_indices=True, features=dataset.features, load_from_cache_file=False
+    )
 
 
 _WEIGHTS = "{} weights rows, and prefilter can only keep or drop them: use ForValueCallback."

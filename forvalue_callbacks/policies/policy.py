@@ -1,17 +1,8 @@
-"""Policies: pure functions from scores to weights. A weight of 0 drops the row; nothing here knows a model.
-
-    weights = Drop(0.2)(scores.values)                              # (N,) float64: 1 = kept, 0 = dropped
-    weights = Drop(0.2, group_column="label")(scores.values, labels)  # a fifth of every label
-    weights = Drop(0.2).then(Reweight(0.5))(scores.values)          # reweight what is left
-    policy = parse_policy("drop:0.2@label+reweight:0.5")            # the same from YAML; str(policy) gives it back
-
-Policies are frozen dataclasses: equal by value, and `repr` and `str` both say everything.
-"""
+"""Policies that drop, keep and weight rows."""
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -44,6 +35,11 @@ class Policy:
     @property
     def reweights(self) -> bool:
         """Whether rows that are kept have different weights."""
+        return False
+
+    @property
+    def relabels(self) -> bool:
+        """Whether rows get other answers: `Relabel` and no other."""
         return False
 
     def __call__(self, scores: np.ndarray, groups: Sequence[Any] | None = None) -> np.ndarray:
@@ -221,6 +217,8 @@ class Chain(Policy):
     policies: tuple[Policy, ...]
 
     def __post_init__(self) -> None:
+        if any(policy.relabels for policy in self.policies):
+            raise ValueError("Relabel is no part of a chain: give it the chain, as Relabel(0.95, policy=chain)")
         columns = {policy.group_column for policy in self.policies} - {None}
         if self.group_column is not None:
             columns.add(self.group_column)
@@ -245,56 +243,6 @@ class Chain(Policy):
 
     def __str__(self) -> str:
         return "+".join(map(str, self.policies))
-
-
-def as_policy(policy: Policy | str | None) -> Policy:
-    """A policy as callers give it: one, the text of one, or None for `Drop(0.2)`.
-
-    Raises:
-        TypeError: anything else, with what to write.
-        ValueError: text that names no policy.
-    """
-    if policy is None:
-        return Drop(0.2)
-    if isinstance(policy, str):
-        return parse_policy(policy)
-    if not isinstance(policy, Policy):
-        given = f"the class {policy.__name__}" if isinstance(policy, type) else f"of type {type(policy).__name__}"
-        raise TypeError(f"the policy is {given}: give one like Drop(0.2), Drop('auto') or Reweight(), or 'drop:0.2'")
-    return policy
-
-
-def parse_policy(text: str) -> Policy:
-    """The policy that `str(policy)` names, for YAML and the command line.
-
-    `drop:0.2`, `drop:auto`, `keep:500` (a count), `keep:0.5` (a fraction), `threshold:0.0`, `reweight:1.0`; `@column`
-    sets the group column (`drop:0.2@label`); `+` chains (`drop:0.2+reweight:1.0`). `threshold` and `reweight` have
-    defaults.
-
-    Raises:
-        ValueError: an unknown name or a number that does not parse.
-    """
-    parts = [_parse_one(part) for part in re.split(r"\+(?=\s*[a-z])", text)]  # not the plus of 1e+3
-    return parts[0] if len(parts) == 1 else Chain(tuple(parts))
-
-
-def _parse_one(text: str) -> Policy:
-    match = re.fullmatch(r"\s*(drop|keep|threshold|reweight)(?::([^@]+))?(?:@(.+?))?\s*", text)
-    kinds: dict[str, Any] = {"drop": Drop, "keep": Keep, "threshold": Threshold, "reweight": Reweight}
-    try:
-        if match is None:
-            raise ValueError("not of the form name:number or name:number@column")
-        name, number, column = match.groups()
-        if number is None:
-            return kinds[name](group_column=column)
-        if (name, number.strip()) == ("drop", "auto"):
-            return Drop("auto", group_column=column)
-        return kinds[name](int(number) if number.strip().isdigit() else float(number), group_column=column)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"cannot read the policy {text!r} ({error}); write for example drop:0.2, drop:auto, keep:500, keep:0.5, "
-            "threshold:0.0, reweight:1.0, drop:0.2@label or drop:0.2+reweight:1.0"
-        ) from None
 
 
 def effective_sample_size(weights: np.ndarray) -> float:

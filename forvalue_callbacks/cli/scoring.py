@@ -1,0 +1,91 @@
+"""`forvalue score`, and the scores of a file: made, gone on with, used again or refused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..config import ForValueConfig
+from ..data.files import DataError
+from ..scorer import ForValueScorer
+from ..scores.files import make_folder
+from ..scores.provenance import differing
+from ..scores.scores import ForValueScores
+from ..scores.writer import parts_folder, read_manifest, remove_parts
+from .inputs import TAKEN, Inputs, open_rows, open_scorer
+from .options import ScoringOptions, parse, run_file, warn, write_run
+
+MORE = """
+The scores are one Parquet file with a row for each row of the data: score, reason where there is none, and with
+method auto the probability of noise, its kind, why, and whose answer is right. While they are made, what is known lies
+beside it in OUT.parts: a run that was stopped goes on there. A finished file is used again where model, rows and
+settings are the same.
+"""
+
+
+def score(argv: Sequence[str]) -> None:
+    """The command."""
+    options, config = parse("score", (ScoringOptions, ForValueConfig), argv, MORE, method="auto")
+    inputs = open_rows(options)
+    refuse_place(options.out, options)
+    scorer = open_scorer(options, config, inputs)
+    run = write_run("score", options.out, options, config)
+    scores, _ = scored(scorer, inputs, Path(options.out), options.overwrite)
+    print(scores.summary())
+    print(f"scores      {options.out}\nrun         {run}")
+
+
+def scored(scorer: ForValueScorer, inputs: Inputs, path: Path, overwrite: bool) -> tuple[ForValueScores, float | None]:
+    """Scores of the training rows, kept in a file, and the seconds that they took; None: they were there.
+
+    Raises:
+        DataError: the file, or the parts of a run that was stopped, are of something else; no row can be scored.
+    """
+    started = time.perf_counter()
+    found = None if overwrite else _found(scorer, inputs, path)
+    scores = scorer.score(inputs.rows, path) if found is None else found
+    remove_parts(path)  # a run that was killed between the two leaves both
+    bad = [i for i, reason in enumerate(scores.reasons) if reason not in (None, TAKEN)]
+    if not np.isfinite(scores.values).any():
+        raise DataError(f"no row can be scored; {inputs.source.place(bad[0])}: {scores.reasons[bad[0]]}.")
+    for i in bad[:3]:
+        warn(f"{inputs.source.place(i)}: {scores.reasons[i]}")
+    if len(bad) > 3:
+        warn(f"{len(bad):,} rows have no score: the reasons are in {path}")
+    return scores, None if found is not None else time.perf_counter() - started
+
+
+def _found(scorer: ForValueScorer, inputs: Inputs, path: Path) -> ForValueScores | None:
+    """Those of a finished run, refused where they are of something else, as are the parts of one that was stopped."""
+    if path.is_file():
+        expected = {**scorer.provenance(), "data": scorer.hash_rows(inputs.rows)}
+        scores = ForValueScores.load(path)
+        what, other = f"the scores in {path}", differing(scores.metadata.get("provenance", {}), expected)
+    else:
+        scores = None
+        manifest = read_manifest(parts_folder(path)) or {"provenance": scorer.provenance()}
+        what, other = f"what is in {parts_folder(path)}", differing(manifest["provenance"], scorer.provenance())
+    if other:
+        raise DataError(
+            f"{what} was made with other {' and other '.join(other)}: go back to those, give another file, or "
+            "--overwrite true."
+        )
+    return scores
+
+
+def refuse_place(out: str, options: ScoringOptions, *, ours: bool = True) -> None:
+    """Raises DataError where a file that is to be written is one that is read, or somebody else's.
+
+    Args:
+        ours: a file that is there is looked at later.
+    """
+    path = Path(out)
+    make_folder(path.parent)
+    for name in (options.data, options.validation):
+        if name is not None and path.exists() and Path(name).exists() and path.samefile(name):
+            raise DataError(f"{out} is what is read: give another file to write.")
+    if not ours and path.exists() and not options.overwrite and not run_file(options.out).is_file():
+        raise DataError(f"{out} is there, and no run of forvalue is beside it: give another, or --overwrite true.")

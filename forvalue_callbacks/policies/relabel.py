@@ -1,0 +1,69 @@
+"""Relabel: other answers in the place of wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .policy import Drop, Policy
+
+
+@dataclass(frozen=True)
+class Relabel(Policy):
+    """Another policy, but rows that it drops stay with another answer where one is known that is right with at least
+    this probability: where answers repeat, by scores of `method="auto"` or "label_model". For `prefilter`.
+
+    Args:
+        probability: in (0, 1].
+        policy: which rows are dropped, or stay with another answer.
+    """
+
+    probability: float = 0.95
+    policy: Policy = field(default_factory=lambda: Drop("auto"))
+
+    def __post_init__(self) -> None:
+        if isinstance(self.probability, bool) or not 0 < self.probability <= 1:
+            raise ValueError(f"Relabel: probability must be in (0, 1], not {self.probability!r}")
+        if self.policy.relabels or self.group_column not in (None, self.policy.group_column):
+            raise ValueError(f"Relabel takes a policy that drops rows, with its own group column, not {self.policy}")
+        object.__setattr__(self, "group_column", self.policy.group_column)
+
+    @property
+    def needs_log_odds(self) -> bool:
+        return self.policy.needs_log_odds
+
+    @property
+    def reweights(self) -> bool:
+        return self.policy.reweights
+
+    @property
+    def relabels(self) -> bool:
+        return True
+
+    def __call__(self, scores: np.ndarray, groups: Sequence[Any] | None = None) -> np.ndarray:
+        return self.policy(scores, groups)
+
+    def other_answers(self, weights: np.ndarray, judgements: Any) -> dict[int, int]:
+        """Rows that get another answer, and the rows whose answer that is.
+
+        Args:
+            weights: (N,), as this policy gives them.
+            judgements: `ForValueScores.judgements`.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if judgements is None:
+            raise ValueError(
+                f"{self} needs to know whose answer is right, and these scores do not say: score with method='auto', "
+                "of rows whose answers repeat"
+            )
+        sure = judgements.suggested_probability >= self.probability  # NaN is not
+        found = np.flatnonzero(sure & (judgements.suggested_row >= 0) & (weights == 0))
+        return dict(zip(found.tolist(), judgements.suggested_row[found].tolist(), strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.policy}+relabel:{self.probability}"
