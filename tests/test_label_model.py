@@ -376,6 +376,15 @@ def test_no_decision_follows_the_order_of_rows(method):
     assert wrong[one.values < 0].mean() > 0.7
 
 
+def test_answers_that_lose_more_than_half_of_their_rows_are_named(caplog):
+    (validation, _), (train, _) = rows_of(90, 1), rows_of(160, 2)
+    for row in [row for row in train if row["labels"][-1] != 10][:90]:  # most rows of the answer 10 are wrong ones
+        row["input_ids"][-1] = row["labels"][-1] = 10
+    ForValueScorer(build_model(), validation, CONFIG, progress=False).score(train)
+    row = next(i for i, row in enumerate(train) if row["labels"][-1] == 10)
+    assert f"with the answer of scored row {row}: look" in caplog.text
+
+
 def test_judgements_name_rows_with_the_right_answer():
     (validation, _), (train, wrong) = rows_of(60, 1), rows_of(160, 2, 0.3)
     scores = ForValueScorer(build_model(), validation, CONFIG, progress=False).score(train)

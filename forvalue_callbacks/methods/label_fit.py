@@ -230,7 +230,9 @@ class _Sides:
         """Share of wrong answers among the training rows, and its standard error."""
         if not self.m:
             return chains.weights.noise, chains.weights.noise_error
-        given = self.log_p_given(chains).exp().cpu().numpy()
+        # Each model by itself, as for training rows: together they are better, and training rows would look worse.
+        alone = (replace(chains, models=[[row[j]] for row in chains.models]) for j in range(self.train_folds))
+        given = torch.stack([self.log_p_given(model) for model in alone]).exp().mean(0).cpu().numpy()
         log_p = [chains.log_p(k, self.train, self.train_fold) for k in range(self.n_chains)]
         judged = torch.stack(log_p).exp().mean(0).cpu().numpy()
         noise = chains.weights.noise if chains.weights.surely_noise else 0.0

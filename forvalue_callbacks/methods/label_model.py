@@ -124,6 +124,7 @@ class LabelModel(Method):
         judgements = _judged(fit, values, answers, fit.names(suggested.astype(np.int64)), likely)
         noise = _estimate(fit, known, answers, judgements)
         _warn(noise, found.n)
+        _warn_of_lost_answers(values, answers)
         return values, noise, judgements
 
 
@@ -190,6 +191,20 @@ def _warn(noise: NoiseEstimate, n: int) -> None:
                 "%d validation rows look wrong themselves (rows %s): what is said rests on them, so mend them first",
                 len(rows),
                 ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else ""),
+            )
+
+
+def _warn_of_lost_answers(values: np.ndarray, answers: np.ndarray) -> None:
+    """Names answers of which more than half of the rows look wrong, by a row that has them."""
+    _, first, which, counts = np.unique(answers, return_index=True, return_inverse=True, return_counts=True)
+    lost = np.bincount(which, weights=values < 0)
+    many = np.flatnonzero((lost > counts / 2) & (counts >= MIN_OF_CLASS))
+    if len(many):
+        with aside():
+            logger.warning(
+                "more than half of the rows of %d answers look wrong, as of the %s: look at them before they go",
+                len(many),
+                " and the ".join(f"{counts[k]} rows with the answer of scored row {first[k]}" for k in many[:3]),
             )
 
 
