@@ -93,13 +93,17 @@ def test_there_are_three_examples():
     assert len(EXAMPLES) == 3
 
 
-def python_blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README, INSIDE = ROOT / "README.md", ROOT / "forvalue_callbacks" / "README.md"
 
 
-def test_the_readmes_method_is_the_one_in_the_package():
+def python_block(file):
+    (block,) = re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)
+    return block
+
+
+def test_the_method_shown_is_the_one_in_the_package():
     """All that it shows, but for the notes beside it."""
-    _, shown = python_blocks()
+    shown = python_block(INSIDE)
     source = inspect.getsource(METHODS["whitened"]).splitlines()
     lines = [re.sub(r"\s+# .*", "", line) for line in shown.splitlines()]
     assert [line for line in lines if line and line not in source] == []
@@ -108,7 +112,7 @@ def test_the_readmes_method_is_the_one_in_the_package():
 
 def test_the_readmes_python_runs_as_it_stands(tmp_path):
     """In a process of its own, with nothing put in the place of anything: as somebody pastes it."""
-    script, _ = python_blocks()
+    script = python_block(README)
     assert "bf16" not in script, "TRL's own default"
     (tmp_path / "script.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -125,14 +129,14 @@ def test_the_readmes_python_runs_as_it_stands(tmp_path):
 
 
 def test_the_readmes_table_of_methods_is_what_the_methods_say():
-    readme = (ROOT / "README.md").read_text()
+    readme = README.read_text()
     table = [line for line in readme.split("| method | score of a row |")[1].split("\n\n")[0].splitlines()[2:] if line]
     assert table == [f"| `{method.name}` | {method.help} |" for method in METHODS.values()]
 
 
-def test_the_readmes_tree_names_every_module():
+def test_the_tree_names_every_module():
     """Each under its folder; the baselines in one line."""
-    block = re.search(r"```\n(forvalue_callbacks/\n.*?)recipes/", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    block = re.search(r"```\n(forvalue_callbacks/\n.*?)recipes/", INSIDE.read_text(), re.DOTALL)[1]
     named, folders = set(), []
     for line in block.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
