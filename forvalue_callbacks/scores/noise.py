@@ -33,13 +33,15 @@ class NoiseEstimate:
     """How much noise there seems to be, and what that rests on.
 
     Args:
-        share: of the rows that could be scored.
+        share: of the rows that are judged.
         shares: of each kind of noise among them.
         evidence: on the validation rows, by kind.
         n_validation: how many of them it rests on.
         n_answers: how many different answers there are, where they repeat; None where the kinds are corrupted copies.
         share_error: standard error of the share, where that is known.
-        n_unjudged: rows that are kept because too few validation rows have their answer.
+        n_unjudged: rows that are kept because too few validation rows have their answer or are of their kind or form.
+        n_unlike: rows that are kept and worth a look: unlike the validation rows and every kind of noise.
+        differences: of form, between the two sides, in words.
         likelihood: mean log p of the validation rows' answers, out of fold: from them alone, and with training rows.
     """
 
@@ -50,6 +52,8 @@ class NoiseEstimate:
     n_answers: int | None = None
     share_error: float | None = None
     n_unjudged: int = 0
+    n_unlike: int = 0
+    differences: tuple[str, ...] = ()
     likelihood: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,4 +67,6 @@ class NoiseEstimate:
             interval = found.get("interval")
             evidence[kind] = Evidence(**{**found, "interval": None if interval is None else tuple(interval)})
         likelihood = facts.get("likelihood")
-        return cls(**{**facts, "evidence": evidence, "likelihood": None if likelihood is None else tuple(likelihood)})
+        differences = tuple(facts.get("differences", ()))
+        likelihood = None if likelihood is None else tuple(likelihood)
+        return cls(**{**facts, "evidence": evidence, "likelihood": likelihood, "differences": differences})

@@ -1,0 +1,169 @@
+"""Are training rows of the kind of the validation rows? Before rows are judged by validation rows, both are compared.
+
+What is compared is what noise in answers does not change: the prompts, and the range of lengths; and forms that
+nearly all answers of one side have and those of the other have not (an end, capitals, a full stop). Rows unlike every
+validation row are not judged: that they differ says nothing of whether they are right. Imports torch and numpy.
+
+Shapes: M validation rows, N training rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.fit import fit_softmax, logits
+from ..core.stats import auc
+from ..model.positions import Columns
+
+LIKE, OTHER_PROMPT, OTHER_LENGTH, OTHER_FORM = range(4)
+WHY = {
+    OTHER_PROMPT: "not judged: its prompt is of another kind than those of the validation rows",
+    OTHER_LENGTH: "not judged: its answer is shorter or longer than those of the validation rows",
+    OTHER_FORM: "not judged: its answer is of another form than those of the validation rows",
+}
+# Directions of the prompts that are compared, at most one for so many validation rows.
+DIRECTIONS, ROWS_PER_DIRECTION = 32, 8
+NEIGHBOURS = 3
+# Validation rows may be as far from the others, or as short or long, as this share of them on either side.
+ODD = 0.01
+# Sides that a classifier tells apart this well differ in kind. A row is then of another kind if it is less likely than
+# this of the validation rows'.
+DIFFERENT, LIKELY = 0.6, 0.35
+# Where so many training rows are of another kind, those that are not are so by chance: none is judged.
+MOST = 0.67
+RIDGE, FOLDS = 30.0, 5
+# A form is that of a side if so many of its answers have it.
+NEARLY_ALL = 0.9
+FORMS = {"lower case": "have lower case letters", "capitals": "have capitals", "full stop": "end with a full stop"}
+
+
+@dataclass
+class Comparison:
+    """Of the two sides.
+
+    Args:
+        clean: columns of the validation rows, with "fold".
+        train: columns of training rows, with "fold".
+
+    Attributes:
+        told_apart: AUC with which prompts of the two sides are told apart, cross-fitted.
+        differences: what nearly all answers of one side have and hardly any of the other, in words.
+    """
+
+    clean: Columns
+    train: Columns
+    told_apart: float = field(init=False)
+    differences: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._prompts = _Prompts(_sides(self.clean))
+        self._lengths = _range(self.clean["length"])
+        self._models, self.told_apart = self._classifiers()
+        self._forms, self.differences = _other_forms(self.clean, self.train)
+        self._none = False
+        self._none = bool((self(self.train) == OTHER_PROMPT).mean() > MOST)
+
+    def __call__(self, columns: Columns) -> np.ndarray:
+        """LIKE or what makes a row unlike the validation rows, (N,)."""
+        out = np.full(len(columns["length"]), LIKE)
+        for name, value in self._forms.items():
+            out[columns[name] != value] = OTHER_FORM
+        out[(columns["length"] < self._lengths[0]) | (columns["length"] > self._lengths[1])] = OTHER_LENGTH
+        x = self._prompts(_sides(columns))
+        far = self._prompts.distance(x) > self._prompts.farthest
+        if self.told_apart > DIFFERENT:
+            far |= self._usual - self._log_ratio(x, columns["fold"]) < np.log(LIKELY)
+        out[far | self._none] = OTHER_PROMPT
+        return out
+
+    def _classifiers(self) -> tuple[list[Tensor], float]:
+        """Softmax regressions that tell validation prompts from training prompts, and their AUC out of fold."""
+        sides = [self._prompts(_sides(side)) for side in (self.clean, self.train)]
+        x, fold = torch.cat(sides), np.concatenate([self.clean["fold"], self.train["fold"]])
+        targets = torch.zeros(len(x), 2, dtype=torch.float64)
+        targets[: len(sides[0]), 0] = len(x) / 2 / len(sides[0])
+        targets[len(sides[0]) :, 1] = len(x) / 2 / len(sides[1])
+        kept = [torch.from_numpy(fold != k) for k in range(FOLDS)]
+        models = [fit_softmax(_expand(x[some]), targets[some], RIDGE) for some in kept]
+        self._models = models
+        ratio = self._log_ratio(x, fold)
+        known, others = ratio[: len(sides[0])], ratio[len(sides[0]) :]
+        # Training rows of which a share is of another kind are a share 1 - s as frequent where validation rows are.
+        self._usual = min(0.0, float(np.median(known)))
+        return models, auc(others, known)
+
+    def _log_ratio(self, x_ND: Tensor, fold: np.ndarray) -> np.ndarray:
+        """How much more frequent rows like these are in training than in validation, as a logarithm."""
+        out = np.zeros(len(x_ND))
+        for k, model in enumerate(self._models):
+            here = fold == k
+            two = logits(model, _expand(x_ND[torch.from_numpy(here)])).numpy()
+            out[here] = two[:, 1] - two[:, 0]
+        return out
+
+
+class _Prompts:
+    """Prompts along the directions in which those of the validation rows differ most, with their length."""
+
+    def __init__(self, x_MD: Tensor):
+        n = min(DIRECTIONS, max(1, len(x_MD) // ROWS_PER_DIRECTION), x_MD.shape[1])
+        self.center, self.spread = x_MD.mean(0), x_MD.std(0) + 1e-9
+        z = (x_MD - self.center) / self.spread
+        self.basis = torch.linalg.svd(z, full_matrices=False).Vh[:n].T
+        self.scale = (z @ self.basis).std(0) + 1e-9
+        self.known = self(x_MD)
+        near = torch.cdist(self.known, self.known).sort(1).values[:, 1 : NEIGHBOURS + 1].mean(1)
+        self.farthest = float(near.quantile(1 - ODD))
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        return (x_ND - self.center) / self.spread @ self.basis / self.scale
+
+    def distance(self, x_ND: Tensor) -> np.ndarray:
+        """Mean distance to the nearest validation rows, (N,)."""
+        near = torch.cdist(x_ND, self.known).sort(1).values
+        return near[:, :NEIGHBOURS].mean(1).numpy()
+
+
+def _sides(columns: Columns) -> Tensor:
+    return torch.from_numpy(np.column_stack([columns["prompt"], columns["asked"]])).double()
+
+
+def _expand(x: Tensor) -> Tensor:
+    x = x.clamp(-4, 4)
+    return torch.cat([x, x**2 - 1], 1)
+
+
+def _range(x: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(x, [ODD, 1 - ODD])
+    return float(low), float(high)
+
+
+def _other_forms(clean: Columns, train: Columns) -> tuple[dict[str, object], list[str]]:
+    """The forms of the validation rows that training rows do not have: by column, and in words."""
+    forms: dict[str, object] = {}
+    words = []
+    ends = [Counter(side["end"].tolist()).most_common(1)[0][0] for side in (clean, train)]
+    of_sides = [[float((side["end"] == end).mean()) for side in (clean, train)] for end in ends]
+    if of_sides[0][0] >= NEARLY_ALL and of_sides[0][1] <= 1 - NEARLY_ALL:
+        forms["end"] = ends[0]
+        words.append(
+            "nearly all validation answers end with the same token, as with EOS, and hardly any training answer does"
+        )
+    elif of_sides[1][1] >= NEARLY_ALL and of_sides[1][0] <= 1 - NEARLY_ALL:
+        forms["end"] = ends[0]
+        words.append(
+            "nearly all training answers end with the same token, as with EOS, and hardly any validation answer does"
+        )
+    for name, what in FORMS.items():
+        known, seen = float(clean[name].mean()), float(train[name].mean())
+        for have, other, sides in ((known, seen, "validation training"), (seen, known, "training validation")):
+            if have >= NEARLY_ALL and other <= 1 - NEARLY_ALL:
+                forms[name] = known > 0.5
+                one, two = sides.split()
+                words.append(f"nearly all {one} answers {what}, and hardly any {two} answer does")
+    return forms, words
