@@ -159,6 +159,9 @@ def test_answers_far_shorter_or_longer_are_not_judged():
     values, _, judgements = scores_of(clean, copied, train)
     assert (values[:10] >= 0).all()
     assert all("shorter or longer" in why for why in judgements.why[:10])
+    copied["swapped"]["length"][:100] += 20.0  # as this kind of noise is, which is never taken for another
+    values, _, judgements = scores_of(clean, copied, train)
+    assert (values[:10] < 0).all()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def test_answers_are_swapped_within_a_half(monkeypatch):
     scorer = ForValueScorer(build_model(), validation, ForValueConfig(method="auto"), progress=False)
     with pytest.raises(RuntimeError, match="seen enough"):
         scorer.score(answered(3))
-    assert sorted(sum(halves, [])) == sorted(row["input_ids"] for row in validation)
+    assert sorted([*halves[0], *halves[1]]) == sorted(row["input_ids"] for row in validation)
     assert len(halves[0]) == len(halves[1]) == 20
 
 

@@ -110,11 +110,11 @@ def corrupted(
     max_length: int | None = None,
     spelling: Spelling | None = None,
 ) -> list[Row | None]:
-    """A copy of each row that is wrong; None where the row cannot be changed that way (an answer of one word, a kind
-    of `TEXT_KINDS` without a spelling). What is drawn goes in the order of the rows.
+    """A copy of each row that is wrong, or right in another form; None where the row cannot be changed that way (an
+    answer of one word, a kind of `TEXT_KINDS` without a spelling). What is drawn goes in the order of the rows.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or of `FORMS`.
         starts: which tokens begin a word, (vocab,).
         max_length: rows are cut to so many tokens.
         spelling: of the answers.
@@ -132,7 +132,9 @@ def corrupted(
         words, tail = _words(answer, end, starts)
         asked = row.input_ids[bodies[i]]
         prompt, changed = row.input_ids[: span.start], answer
-        if kind in ("swapped", "answer of a similar prompt"):
+        if kind == "no end":
+            changed = np.concatenate(words)
+        elif kind in ("swapped", "answer of a similar prompt"):
             changed = answers[other[i]]
         elif kind == "prompt echoed":
             changed = np.concatenate([asked, tail]) if len(asked) else answer
@@ -251,16 +253,19 @@ _TEXTS: dict[str, Callable[[str, np.random.Generator], str]] = {
     "garbage": _garbage,
     "upper case": lambda text, rng: text.upper(),
     "markup debris": lambda text, rng: DEBRIS[int(rng.integers(len(DEBRIS)))].format(text),
+    "lower case": lambda text, rng: text.lower(),
+    "no full stop": lambda text, rng: text.rstrip(" .!?"),
 }
-# Kinds that need a tokenizer; those of which every row has a copy: the frequent ones; all.
+# Other forms of right answers: no noise, and to be told from it.
+FORMS = ("no end", "lower case", "no full stop")
+# Kinds that need a tokenizer; those of which every row has a copy, the frequent ones; all kinds of noise.
 TEXT_KINDS = tuple(_TEXTS)
-MAIN_KINDS = ("swapped", "words deleted", "words inserted", "truncated")
+MAIN_KINDS = ("swapped", *list(_CHANGES)[:3])
 KINDS = (
     *MAIN_KINDS,
     "answer of a similar prompt",
-    "words shuffled",
-    "repeated text",
+    *list(_CHANGES)[3:],
     "prompt echoed",
     "prompt truncated",
-    *TEXT_KINDS,
+    *(kind for kind in _TEXTS if kind not in FORMS),
 )

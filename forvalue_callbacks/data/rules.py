@@ -17,7 +17,8 @@ LONGEST_REFUSAL, LATEST_REFUSAL = 400, 12
 
 _NOTHING = re.compile(
     r"(n\s*/\s*a|n\.a\.|null|nan|tbd|todo|fixme|undefined|no (answer|output|response|input)|"
-    r"not (applicable|available)|no ?input|<no ?(input|output|answer)>|\[?(blank|empty|insert .{0,20} here|placeholder)\]?)[.!]?",
+    r"not (applicable|available)|no ?input|"
+    r"<no ?(input|output|answer)>|\[?(blank|empty|insert .{0,20} here|placeholder)\]?)[.!]?",
     re.IGNORECASE,
 )
 _CANNOT = (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..core import Head
-from ..data.corruption import KINDS, MAIN_KINDS, TEXT_KINDS, Spelling, corrupted, word_starts
+from ..data.corruption import FORMS, KINDS, MAIN_KINDS, TEXT_KINDS, Spelling, corrupted, word_starts
 from ..data.reader import row_of, sample_of
 from ..data.sample import Sample, Segment, answer_alone
 from ..data.sft import Row
@@ -68,7 +68,7 @@ class Auto(Method):
         n, tokens = len(validation), mean_tokens(validation)
         # Of a row and of its answer alone.
         both = (tokens + float(np.mean([sample.n_labelled for sample in validation]))) / 2
-        n_copies = sum(_n_copies(n, kind) for kind in KINDS)
+        n_copies = sum(_n_copies(n, kind) for kind in (*KINDS, *FORMS))
         before = [Pass(half, n // 2, tokens) for half in HALVES]
         before += [Pass(VALIDATION, 2 * n, both), Pass(COPIES, 2 * n_copies, both)]
         passes = [] if fitted else before
@@ -180,7 +180,7 @@ def _copies(
     rng = np.random.default_rng(0)
     kinds: list[str] = []
     out: list[tuple[int, int, Sample]] = []
-    for kind in KINDS:
+    for kind in (*KINDS, *FORMS):
         if kind in TEXT_KINDS and spelling is None:
             continue
         made: list[tuple[int, Row]] = []
@@ -189,6 +189,8 @@ def _copies(
             changed = corrupted(rows, kind, rng, starts, prepare.config.max_length, spelling)
             made += [(int(i), row) for i, row in zip(half, changed, strict=True) if row is not None]
         if len(made) < MIN_ROWS // 2:
+            if kind in FORMS:  # the rows have it already
+                continue
             with aside():
                 logger.warning("too few validation rows can be %s: this kind of noise is not looked for", kind)
             continue

@@ -6,11 +6,13 @@ sees that fold. On training rows their probabilities are weighted by shares of t
 (Saerens, Latinne and Decaestecker 2002). How much noise there is in all is then found by moments, which the validation
 rows out of fold keep honest. Imports torch and numpy.
 
-Shapes: N rows, F features, K kinds of noise; class 0 is "clean", class k the k-th kind.
+Shapes: N rows, F features, K kinds of copies; class 0 is "clean", class k the k-th kind. Copies may be of noise, or of
+right rows in another form.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,34 +169,38 @@ def shares(log_p: np.ndarray, n_validation: int) -> np.ndarray:
 
 
 def share_by_moments(
-    of_training: np.ndarray, of_clean: np.ndarray, of_copies: list[np.ndarray], weights: np.ndarray
+    of_training: np.ndarray, of_clean: Sequence[np.ndarray], of_noisy: Sequence[np.ndarray], weights: np.ndarray
 ) -> tuple[float, float]:
     """Share of noisy rows and its standard error, from numbers that are higher for clean rows.
 
-    With a the mean of the validation rows out of fold and b that of their copies, training rows of which a share s is
-    noisy have the mean `(1 - s) a + s b`: s = (a - mean) / (a - b).
+    With a the mean of clean validation rows out of fold and b that of noisy copies of them, training rows of which a
+    share s is noisy have the mean `(1 - s) a + s b`: s = (a - mean) / (a - b).
 
     Args:
-        of_copies: by kind.
-        weights: of the kinds; they sum to 1.
+        of_clean, of_noisy: by class.
+        weights: of the classes, the clean ones first.
     """
-    b = sum(w * x.mean() for w, x in zip(weights, of_copies, strict=True))
-    b_variance = sum(w**2 * x.var() / len(x) for w, x in zip(weights, of_copies, strict=True))
-    span = max(of_clean.mean() - b, 1e-3)
-    share = float(np.clip((of_clean.mean() - of_training.mean()) / span, 0, 1))
-    variance = (
-        of_training.var() / len(of_training)
-        + (1 - share) ** 2 * of_clean.var() / len(of_clean)
-        + share**2 * b_variance
-    )
+    n = len(of_clean)
+    a, a_variance = _mean(of_clean, weights[:n])
+    b, b_variance = _mean(of_noisy, weights[n:])
+    span = max(a - b, 1e-3)
+    share = float(np.clip((a - of_training.mean()) / span, 0, 1))
+    variance = of_training.var() / len(of_training) + (1 - share) ** 2 * a_variance + share**2 * b_variance
     return share, float(min(1.0, np.sqrt(variance) / span))
 
 
-def log_odds(log_p: np.ndarray, class_shares: np.ndarray) -> np.ndarray:
-    """Log of P(clean) / P(noisy) of each row, (N,), given the shares of the classes."""
+def log_odds(log_p: np.ndarray, class_shares: np.ndarray, noisy: np.ndarray) -> np.ndarray:
+    """Log of P(clean) / P(noisy) of each row, (N,), given the shares of the classes and which are noise, (K + 1,)."""
     floor = FLOOR_ROWS / len(log_p)
     weighted = log_p + np.log(np.maximum(class_shares, floor))
-    return weighted[:, 0] - _log_sum_exp(weighted[:, 1:])
+    return _log_sum_exp(weighted[:, ~noisy]) - _log_sum_exp(weighted[:, noisy])
+
+
+def _mean(of_classes: Sequence[np.ndarray], weights: np.ndarray) -> tuple[float, float]:
+    """Of a mixture of classes, and its variance."""
+    weights = weights / weights.sum()
+    mean = sum(w * x.mean() for w, x in zip(weights, of_classes, strict=True))
+    return float(mean), float(sum(w**2 * x.var() / len(x) for w, x in zip(weights, of_classes, strict=True)))
 
 
 def shift_to(log_odds_N: np.ndarray, share: float, most: float) -> float:

@@ -37,9 +37,14 @@ DIFFERENT, LIKELY = 0.6, 0.35
 # Where so many training rows are of another kind, those that are not are so by chance: none is judged.
 MOST = 0.67
 RIDGE, FOLDS = 30.0, 5
-# A form is that of a side if so many of its answers have it.
-NEARLY_ALL = 0.9
-FORMS = {"lower case": "have lower case letters", "capitals": "have capitals", "full stop": "end with a full stop"}
+# A form is that of one side if so many of its answers have it, and so few of the other's.
+MOST_HAVE, HARDLY_ANY = 0.5, 0.05
+FORMS = {
+    "end": "end with the same token, as with EOS",
+    "lower case": "have lower case letters",
+    "capitals": "have capitals",
+    "full stop": "end with a full stop",
+}
 
 
 @dataclass
@@ -62,7 +67,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self._prompts = _Prompts(_sides(self.clean))
-        self._lengths = _range(self.clean["length"])
+        self._lengths = length_range(self.clean["length"])
         self._models, self.told_apart = self._classifiers()
         self._forms, self.differences = _other_forms(self.clean, self.train)
         self._none = False
@@ -71,9 +76,9 @@ class Comparison:
     def __call__(self, columns: Columns) -> np.ndarray:
         """LIKE or what makes a row unlike the validation rows, (N,)."""
         out = np.full(len(columns["length"]), LIKE)
+        out[(columns["length"] < self._lengths[0]) | (columns["length"] > self._lengths[1])] = OTHER_LENGTH
         for name, value in self._forms.items():
             out[columns[name] != value] = OTHER_FORM
-        out[(columns["length"] < self._lengths[0]) | (columns["length"] > self._lengths[1])] = OTHER_LENGTH
         x = self._prompts(_sides(columns))
         far = self._prompts.distance(x) > self._prompts.farthest
         if self.told_apart > DIFFERENT:
@@ -138,7 +143,8 @@ def _expand(x: Tensor) -> Tensor:
     return torch.cat([x, x**2 - 1], 1)
 
 
-def _range(x: np.ndarray) -> tuple[float, float]:
+def length_range(x: np.ndarray) -> tuple[float, float]:
+    """In which all but a few odd rows lie."""
     low, high = np.quantile(x, [ODD, 1 - ODD])
     return float(low), float(high)
 
@@ -147,23 +153,12 @@ def _other_forms(clean: Columns, train: Columns) -> tuple[dict[str, object], lis
     """The forms of the validation rows that training rows do not have: by column, and in words."""
     forms: dict[str, object] = {}
     words = []
-    ends = [Counter(side["end"].tolist()).most_common(1)[0][0] for side in (clean, train)]
-    of_sides = [[float((side["end"] == end).mean()) for side in (clean, train)] for end in ends]
-    if of_sides[0][0] >= NEARLY_ALL and of_sides[0][1] <= 1 - NEARLY_ALL:
-        forms["end"] = ends[0]
-        words.append(
-            "nearly all validation answers end with the same token, as with EOS, and hardly any training answer does"
-        )
-    elif of_sides[1][1] >= NEARLY_ALL and of_sides[1][0] <= 1 - NEARLY_ALL:
-        forms["end"] = ends[0]
-        words.append(
-            "nearly all training answers end with the same token, as with EOS, and hardly any validation answer does"
-        )
     for name, what in FORMS.items():
-        known, seen = float(clean[name].mean()), float(train[name].mean())
-        for have, other, sides in ((known, seen, "validation training"), (seen, known, "training validation")):
-            if have >= NEARLY_ALL and other <= 1 - NEARLY_ALL:
-                forms[name] = known > 0.5
-                one, two = sides.split()
-                words.append(f"nearly all {one} answers {what}, and hardly any {two} answer does")
+        usual, of_training = (Counter(side[name].tolist()).most_common(1)[0][0] for side in (clean, train))
+        for value in {usual, of_training} if name == "end" else {True}:
+            sides = {"validation": clean[name] == value, "training": train[name] == value}
+            (one, have), (other, have_not) = sorted(sides.items(), key=lambda side: -float(side[1].mean()))
+            if have.mean() >= MOST_HAVE and have_not.mean() <= HARDLY_ANY and name not in forms:
+                forms[name] = usual
+                words.append(f"{have.mean():.0%} of the {one} answers {what}, and hardly any {other} answer does")
     return forms, words

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ def whole_rows(reference: Reference, head: core.Head, positions: Positions) -> C
 
 def _repetition(tokens: np.ndarray) -> float:
     """Share of the pairs of tokens that came before."""
-    pairs = list(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
+    pairs = list(pairwise(tokens.tolist()))
     return 1 - len(set(pairs)) / max(1, len(pairs))
 
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from ..core.stats import auc
+from ..data.corruption import FORMS
 from ..data.rules import RULES
 from ..model.positions import Columns
 from ..scores.judgements import Judgements
 from ..scores.noise import USEFUL_AUC, Evidence, NoiseEstimate
 from .base import Found
 from .calibration import FOLDS, INTERVAL, Classifier, fit_classifier, log_odds, share_by_moments, shares, shift_to
-from .comparison import LIKE, WHY, Comparison
+from .comparison import LIKE, OTHER_LENGTH, WHY, Comparison, length_range
 from .measures import CANDIDATES, Match, features
 
 # How often validation rows are drawn again for an interval.
@@ -27,6 +28,10 @@ DRAWS = 200
 # A row that the nearest class fits worse than it fits this share of its own rows is unlike anything known.
 ODD = 0.002
 UNKNOWN = "worth a look: unlike the validation rows and unlike every kind of noise that was tried (kept)"
+# A kind that is told so well is believed, at such odds, of rows shorter or longer than all validation rows.
+CERTAIN_AUC, CERTAIN_ODDS = 0.98, 3.0
+# Another form that so many rows have is named.
+MANY = 0.05
 # A plain rule hits right rows by itself: as if so many of so many more validation rows had been hit.
 RULE_HITS, RULE_ROWS = 0.1, 100
 # A row's reason names so many measures at most, each of which said so much for it.
@@ -89,7 +94,8 @@ class Weighing:
             self.classes,
             np.concatenate([clean["fold"], copies["fold"]]),
         )
-        self.evidence = {kind: self._evidence(k) for k, kind in enumerate(kinds, 1)}
+        self.noisy = np.array([False, *(kind not in FORMS for kind in kinds)])
+        self.evidence = {kind: self._evidence(k) for k, kind in enumerate(kinds, 1) if self.noisy[k]}
 
     def _features(self, columns: Columns) -> np.ndarray:
         """Of validation rows and their copies: judged by the half that they are not in."""
@@ -121,45 +127,47 @@ class Weighing:
     def result(self) -> tuple[np.ndarray, NoiseEstimate, Judgements]:
         """Log odds of the training rows, what is known of the noise, and judgements."""
         log_p, unlike, rule, odd = self._judged()
-        useful = [0, *(k for k, kind in enumerate(self.kinds, 1) if self.evidence[kind].auc >= USEFUL_AUC)]
+        useful = [k for k in range(log_p.shape[1]) if not self.noisy[k] or self._evidence_of(k).auc >= USEFUL_AUC]
         ruled, hit_odds = self._by_rules(rule)
+        unlike[self._certain(log_p, self.found.column("length")) & (unlike == OTHER_LENGTH)] = LIKE
         judged = (unlike == LIKE) & ~ruled & ~odd
         share = np.zeros(log_p.shape[1])
         share[0] = 1.0
         if judged.any():
             share[useful] = shares(log_p[np.ix_(judged, useful)], len(self.clean["fold"]))
-        values = log_odds(log_p, share)
+        values = log_odds(log_p, share, self.noisy)
         total, error = 0.0, 0.0
-        if share[0] < 1:
+        if share[self.noisy].any():
             total, error = self._share(share, judged)
         spread = INTERVAL * error
         if total > spread:
             values += shift_to(values[judged], total, min(1.0, total + spread))
         elif judged.any():
             values += shift_to(values[judged], 0.0, 0.0)
-            share = np.eye(len(share))[0]
+            share = np.where(self.noisy, 0.0, share)
         values[~judged] = np.maximum(values[~judged], 0.0)
         values[ruled] = np.minimum(values[ruled], hit_odds[ruled])
-        n_judged = int(judged.sum() + ruled.sum())
-        by_kind = dict(zip(self.kinds, (share[1:] * judged.sum() / max(1, n_judged)).tolist(), strict=True))
+        rest = 1 - ruled.mean()
+        of_kinds = share * rest * total / max(share[self.noisy].sum(), 1e-12)
+        by_kind = {kind: float(of_kinds[k]) for k, kind in enumerate(self.kinds, 1) if self.noisy[k]}
         names = [None, *RULES]
         for k in np.unique(rule[ruled]).tolist():
             name = str(names[k])
-            by_kind[name] = by_kind.get(name, 0.0) + float((ruled & (rule == k)).sum()) / n_judged
-        whole = (total * judged.sum() + ruled.sum()) / max(1, n_judged)
+            by_kind[name] = by_kind.get(name, 0.0) + float((ruled & (rule == k)).mean())
         noise = NoiseEstimate(
-            float(whole),
+            float(1 - rest * (1 - total)),
             self.evidence,
             len(self.clean["fold"]),
             by_kind,
-            share_error=float(error * judged.sum() / max(1, n_judged)),
+            share_error=float(error * rest),
             n_unjudged=int((unlike != LIKE).sum() - (ruled & (unlike != LIKE)).sum()),
             n_unlike=int((odd & (unlike == LIKE) & ~ruled).sum()),
-            differences=tuple(self.comparison.differences),
+            differences=(*self.comparison.differences, *self._other_forms(share)),
         )
         judgements = Judgements.none(self.found.n)
         judgements.probability = np.where(judged | ruled, 1 / (1 + np.exp(np.clip(values, -500, 500))), np.nan)
-        kinds = (log_p + np.log(np.maximum(share, 0.5 / max(1, len(log_p)))))[:, 1:].argmax(1)
+        weighted = log_p + np.log(np.maximum(share, 0.5 / max(1, len(log_p))))
+        kinds = np.where(self.noisy, weighted, -np.inf)[:, 1:].argmax(1)
         noisy = judged & (values < 0)
         why = self._why(kinds, noisy)
         for i in range(self.found.n):
@@ -173,6 +181,27 @@ class Weighing:
             elif odd[i]:
                 judgements.why[i] = UNKNOWN
         return values, noise, judgements
+
+    def _certain(self, log_p: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """Rows that look like a kind of noise that is hardly ever taken for anything else, and are as long as it is."""
+        likely = np.where(self.noisy, log_p, -np.inf).argmax(1)
+        out = log_p[:, 0] - log_p[np.arange(len(log_p)), likely] < -CERTAIN_ODDS
+        for k in np.flatnonzero(self.noisy):
+            low, high = length_range(self.copies["length"][self.copies["class"] == k])
+            known = self._evidence_of(k).auc > CERTAIN_AUC
+            out &= (likely != k) | (known & (length >= low) & (length <= high))
+        return out
+
+    def _evidence_of(self, k: int) -> Evidence:
+        return self.evidence[self.kinds[k - 1]]
+
+    def _other_forms(self, share: np.ndarray) -> list[str]:
+        """Forms that many training answers have and the validation answers have not, in words."""
+        return [
+            f"about {share[k]:.0%} of the training answers are like validation answers with {kind}"
+            for k, kind in enumerate(self.kinds, 1)
+            if kind in FORMS and share[k] > MANY
+        ]
 
     def _windows(self) -> Iterator[tuple[slice, Columns, list[np.ndarray]]]:
         """Training rows a window at a time: where they are, their columns, their features by each half."""
@@ -208,21 +237,22 @@ class Weighing:
         return log_p, unlike, rule, odd
 
     def _share(self, share: np.ndarray, judged: np.ndarray) -> tuple[float, float]:
-        weights = share[1:] / share[1:].sum()
+        """Of noisy rows among those that are judged, by moments, and its standard error."""
+        sides = [share * ~self.noisy, share * self.noisy]
+        weights = [side / side.sum() for side in sides]
 
         def clean_probability(log_p: np.ndarray) -> np.ndarray:
-            p = np.exp(log_p)
-            return p[..., 0] / (p[..., 0] + p[..., 1:] @ weights)
+            clean, noisy = (np.exp(log_p) @ side for side in weights)
+            return np.asarray(clean / (clean + noisy))
 
         train = np.zeros(self.found.n)
         for here, columns, both in self._windows():
-            train[here] = np.mean(
-                [clean_probability(self.classifier.by_fold(x, columns["length"])).mean(0) for x in both], 0
-            )
+            by_fold = [self.classifier.by_fold(x, columns["length"]) for x in both]
+            train[here] = np.mean([clean_probability(log_p).mean(0) for log_p in by_fold], 0)
         held_out = clean_probability(self.out_of_fold)
-        kinds = np.flatnonzero(weights) + 1
-        of_copies = [held_out[self.classes == k] for k in kinds]
-        return share_by_moments(train[judged], held_out[self.classes == 0], of_copies, weights[kinds - 1])
+        found = [np.flatnonzero(side) for side in weights]
+        of_clean, of_noisy = ([held_out[self.classes == k] for k in kinds] for kinds in found)
+        return share_by_moments(train[judged], of_clean, of_noisy, share[np.concatenate(found)])
 
     def _by_rules(self, rule: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows that a plain rule hits and validation rows hit less often, and their log odds."""
