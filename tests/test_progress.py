@@ -16,6 +16,7 @@ from forvalue_callbacks.data.corruption import KINDS
 from forvalue_callbacks.methods import auto, label_model
 from forvalue_callbacks.methods import measures as evidence
 from forvalue_callbacks.progress import Pass, Plan, Progress, duration, speaking
+from forvalue_callbacks.scores.judgements import Judgements
 from forvalue_callbacks.scores.noise import NoiseEstimate
 from helpers.models import build_model, build_rows
 
@@ -114,7 +115,7 @@ def unfitted(head, *_):
 
 
 def unweighed(self, state, found):
-    return found.column("log_likelihood"), NoiseEstimate(0.0, {}, 40)
+    return found.column("log_likelihood"), NoiseEstimate(0.0, {}, 40), Judgements.none(found.n)
 
 
 @pytest.mark.parametrize(

@@ -183,10 +183,10 @@ class Weighing:
         return values, noise, judgements
 
     def _certain(self, log_p: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """Rows that look like a kind of noise that is hardly ever taken for anything else, and are as long as it is."""
+        """Rows that look like a kind of noise that is hardly ever taken for another, and are as long as it is."""
         likely = np.where(self.noisy, log_p, -np.inf).argmax(1)
         out = log_p[:, 0] - log_p[np.arange(len(log_p)), likely] < -CERTAIN_ODDS
-        for k in np.flatnonzero(self.noisy):
+        for k in np.flatnonzero(self.noisy).tolist():
             low, high = length_range(self.copies["length"][self.copies["class"] == k])
             known = self._evidence_of(k).auc > CERTAIN_AUC
             out &= (likely != k) | (known & (length >= low) & (length <= high))
