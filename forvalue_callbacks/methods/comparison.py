@@ -29,13 +29,15 @@ WHY = {
 # Directions of the prompts that are compared, at most one for so many validation rows.
 DIRECTIONS, ROWS_PER_DIRECTION = 32, 8
 NEIGHBOURS = 3
-# Validation rows may be as far from the others, or as short or long, as this share of them on either side.
-ODD = 0.01
+# Training rows may be as far from validation rows as all but this share of those are from each other; and as short or
+# long as all but that share on either side.
+ODD, ODD_LENGTH = 0.01, 0.025
 # Sides that a classifier tells apart this well differ in kind. A row is then of another kind if it is less likely than
 # this of the validation rows'.
 DIFFERENT, LIKELY = 0.6, 0.35
-# Where so many training rows are of another kind, those that are not are so by chance: none is judged.
-MOST = 0.67
+# Where so many training rows are of another kind, or sides are told apart so well, rows that look alike do so by
+# chance: none is judged.
+MOST, ALL_DIFFERENT = 0.67, 0.8
 RIDGE, FOLDS = 30.0, 5
 # A form is that of one side if so many of its answers have it, and so few of the other's.
 MOST_HAVE, HARDLY_ANY = 0.5, 0.05
@@ -71,7 +73,7 @@ class Comparison:
         self._models, self.told_apart = self._classifiers()
         self._forms, self.differences = _other_forms(self.clean, self.train)
         self._none = False
-        self._none = bool((self(self.train) == OTHER_PROMPT).mean() > MOST)
+        self._none = self.told_apart > ALL_DIFFERENT or self._unlike() > MOST
 
     def __call__(self, columns: Columns) -> np.ndarray:
         """LIKE or what makes a row unlike the validation rows, (N,)."""
@@ -85,6 +87,10 @@ class Comparison:
             far |= self._usual - self._log_ratio(x, columns["fold"]) < np.log(LIKELY)
         out[far | self._none] = OTHER_PROMPT
         return out
+
+    def _unlike(self) -> float:
+        """Share of the training rows with other prompts or lengths."""
+        return float(np.isin(self(self.train), [OTHER_PROMPT, OTHER_LENGTH]).mean())
 
     def _classifiers(self) -> tuple[list[Tensor], float]:
         """Softmax regressions that tell validation prompts from training prompts, and their AUC out of fold."""
@@ -145,7 +151,7 @@ def _expand(x: Tensor) -> Tensor:
 
 def length_range(x: np.ndarray) -> tuple[float, float]:
     """In which all but a few odd rows lie."""
-    low, high = np.quantile(x, [ODD, 1 - ODD])
+    low, high = np.quantile(x, [ODD_LENGTH, 1 - ODD_LENGTH])
     return float(low), float(high)
 
 
@@ -155,7 +161,7 @@ def _other_forms(clean: Columns, train: Columns) -> tuple[dict[str, object], lis
     words = []
     for name, what in FORMS.items():
         usual, of_training = (Counter(side[name].tolist()).most_common(1)[0][0] for side in (clean, train))
-        for value in {usual, of_training} if name == "end" else {True}:
+        for value in (usual, of_training) if name == "end" else (True,):
             sides = {"validation": clean[name] == value, "training": train[name] == value}
             (one, have), (other, have_not) = sorted(sides.items(), key=lambda side: -float(side[1].mean()))
             if have.mean() >= MOST_HAVE and have_not.mean() <= HARDLY_ANY and name not in forms:
