@@ -1,5 +1,6 @@
 """method="auto": evidence weighed, what it finds and what it says that it cannot."""
 
+import json
 import logging
 from functools import partial
 
@@ -9,7 +10,8 @@ import torch
 
 from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, ForValueTransform
 from forvalue_callbacks.core.stats import auc
-from forvalue_callbacks.data.corruption import KINDS
+from forvalue_callbacks.data.corruption import KINDS, TEXT_KINDS
+from forvalue_callbacks.data.rules import RULES
 from forvalue_callbacks.methods.auto import Auto
 from forvalue_callbacks.methods.base import Found
 from forvalue_callbacks.methods.measures import (
@@ -18,6 +20,9 @@ from forvalue_callbacks.methods.measures import (
     ROW_CANDIDATES,
     Match,
 )
+from forvalue_callbacks.methods.weighing import fold_of
+from forvalue_callbacks.report.words import about_noise
+from forvalue_callbacks.scores.noise import Evidence, NoiseEstimate
 from helpers.answers import EOS, answered
 from helpers.models import build_model, build_rows
 from helpers.oracles import relative
@@ -36,27 +41,39 @@ def repeated(n, seed=0, noise=0.0):
     return rows, np.array(wrong)
 
 
-def drawn(rng, n, shift=0.0, columns=slice(None)):
+def digests_of(numbers):
+    """Digests of which the number decides the fold."""
+    return np.array([f"{number:016x}" for number in numbers])
+
+
+def drawn(rng, n, shift=0.0, columns=slice(None), start=0):
     """Numbers drawn at random for n rows, lower by a shift."""
     side = rng.normal(size=(n, 4))
     row, half = rng.normal(size=(n, len(ROW_CANDIDATES))), rng.normal(size=(n, 2, len(HALF_CANDIDATES)))
     half[:, :, columns] -= shift
-    found = dict(zip(ROW_CANDIDATES, row.T, strict=True)) | {"prompt": side, "answer": side + 0.1, "row": np.arange(n)}
+    found = dict(zip(ROW_CANDIDATES, row.T, strict=True)) | {"prompt": side, "answer": side + 0.1}
     found |= {name: half[:, :, k] for k, name in enumerate(HALF_CANDIDATES)}
     found["alone"] = found["mean log-likelihood"] - found["mutual information"]
-    return found | {"alone, fitted": found["fitted_likelihood"] - found["mutual information, fitted"]}
+    found["alone, fitted"] = found["fitted_likelihood"] - found["mutual information, fitted"]
+    number = start + np.arange(n)
+    found |= {"row": np.arange(n), "half": np.arange(n) % 2, "fold": fold_of(digests_of(number))}
+    found |= {"length": rng.normal(size=n), "asked": rng.normal(size=n), "rule": np.zeros(n, dtype=int)}
+    forms = {name: np.zeros(n, dtype=bool) for name in ("lower case", "capitals", "full stop")}
+    return found | forms | {"end": np.full(n, EOS), "digest": digests_of(number)}
 
 
 def scores_of(clean, copied, train):
-    """From what was measured, the same draws of folds each time; copies are in the order of the clean rows."""
-    state = {"clean": clean, "copies": copied, "rng": np.random.default_rng(1)}
-    return Auto().finish(state, Found(lambda: iter([train]), np.arange(len(train["row"]))))[:2]
+    """From what was measured; copies are in the order of the clean rows."""
+    sides = [{**side, "class": np.full(len(side["row"]), k)} for k, side in enumerate(copied.values(), 1)]
+    copies = {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
+    state = {"clean": clean, "copies": copies, "kinds": list(copied)}
+    return Auto().finish(state, Found(lambda: iter([train]), train["digest"]))
 
 
 def test_training_rows_are_judged_by_both_halves_alike_and_validation_rows_by_the_other_one():
     rng = np.random.default_rng(0)
-    clean, copied, train = drawn(rng, 40), {"swapped": drawn(rng, 40, 2.0)}, drawn(rng, 50, 1.0)
-    want, _ = scores_of(clean, copied, train)
+    clean, copied, train = drawn(rng, 40), {"swapped": drawn(rng, 40, 2.0)}, drawn(rng, 50, 1.0, start=40)
+    want = scores_of(clean, copied, train)[0]
     halves = {name: values for name, values in train.items() if values.shape[1:] == (2,)}
     swapped = train | {name: values[:, ::-1] for name, values in halves.items()}
     np.testing.assert_allclose(scores_of(clean, copied, swapped)[0], want, rtol=1e-10)
@@ -70,9 +87,9 @@ def test_training_rows_are_judged_by_both_halves_alike_and_validation_rows_by_th
 
 def test_a_kind_that_cannot_be_told_has_no_share_though_the_training_rows_look_like_it():
     rng = np.random.default_rng(4)
-    clean, train = drawn(rng, 60), drawn(rng, 100, 2.0, slice(1))
+    clean, train = drawn(rng, 60), drawn(rng, 100, 2.0, slice(1), start=60)
     copied = {"swapped": drawn(rng, 60, 0.1, slice(1)), "truncated": drawn(rng, 60, 2.0, slice(5, 10))}
-    _, noise = scores_of(clean, copied, train)
+    noise = scores_of(clean, copied, train)[1]
     assert noise.evidence["swapped"].auc < 0.6 < noise.evidence["truncated"].auc
     assert noise.shares["swapped"] == 0
 
@@ -89,13 +106,104 @@ def test_no_row_is_matched_by_what_was_learned_from_it_or_its_original(monkeypat
             folds.append(fold)
             return super().__call__(prompt_ND, answer_ND, fold)
 
-    monkeypatch.setattr("forvalue_callbacks.methods.auto.Match", Noted)
+    monkeypatch.setattr("forvalue_callbacks.methods.weighing.Match", Noted)
     rng = np.random.default_rng(0)
-    scores_of(drawn(rng, 40), {"swapped": drawn(rng, 40, 2.0)}, drawn(rng, 50))
-    learned, clean, copies, train = folds
-    np.testing.assert_array_equal(learned, np.concatenate([clean, train]))
+    scores_of(drawn(rng, 40), {"swapped": drawn(rng, 40, 2.0)}, drawn(rng, 50, start=40))
+    learned, clean, copies, train = folds[:4]
+    np.testing.assert_array_equal(np.sort(learned), np.sort(np.concatenate([clean, train])))
     np.testing.assert_array_equal(copies, clean)
     assert set(train.tolist()) == set(clean.tolist()) == set(range(FOLDS))
+
+
+def shifted(n=200, noisy=60, seed=0):
+    """Clean rows, copies whose measures are lower, and training rows of which the first are noisy alike."""
+    rng = np.random.default_rng(seed)
+    clean, copied = drawn(rng, n), {"swapped": drawn(rng, n, 3.0, slice(5))}
+    sides = [drawn(rng, noisy, 3.0, slice(5), start=n), drawn(rng, n - noisy, start=n + noisy)]
+    train = {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
+    return clean, copied, train
+
+
+def test_the_share_comes_with_an_error_and_no_more_is_dropped_than_it_allows():
+    values, noise, judgements = scores_of(*shifted())
+    assert abs(noise.share - 0.3) < 2 * noise.share_error + 0.01
+    assert 0 < noise.share_error < 0.1
+    assert (values < 0).mean() <= noise.share + 1.96 * noise.share_error
+    assert (values[:60] < 0).mean() > 0.9
+    low, high = noise.evidence["swapped"].interval
+    assert low <= noise.evidence["swapped"].auc <= high
+    bad = np.flatnonzero(values < 0)
+    assert all(judgements.kind[i] == "swapped" and judgements.why[i] for i in bad)
+    ok = np.flatnonzero(values > 0)
+    assert all(judgements.kind[i] is None for i in ok)
+
+
+def test_nothing_is_dropped_of_clean_rows():
+    for seed in range(3):
+        values, noise, _ = scores_of(*shifted(noisy=0, seed=seed))
+        assert (values >= 0).all()
+        assert noise.share < 0.05
+
+
+def test_rows_with_prompts_of_another_kind_are_not_judged_and_kept():
+    clean, copied, train = shifted()
+    train["prompt"][30:90] += 20.0  # noisy ones and right ones
+    values, noise, judgements = scores_of(clean, copied, train)
+    assert np.isnan(judgements.probability[30:90]).all()
+    assert (values[30:90] >= 0).all()
+    assert 60 <= noise.n_unjudged < 75
+    assert "another kind" in judgements.why[40]
+    assert abs(noise.share - 30 / 140) < 2 * noise.share_error + 0.02
+    assert (values[:30] < 0).mean() > 0.8
+
+
+def test_answers_far_shorter_or_longer_are_not_judged():
+    clean, copied, train = shifted()
+    train["length"][:10] += 20.0
+    values, _, judgements = scores_of(clean, copied, train)
+    assert (values[:10] >= 0).all()
+    assert all("shorter or longer" in why for why in judgements.why[:10])
+    copied["swapped"]["length"][:100] += 20.0  # as this kind of noise is, which is never taken for another
+    values, _, judgements = scores_of(clean, copied, train)
+    assert (values[:10] < 0).sum() >= 8
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"), [("end", 7, "EOS"), ("capitals", True, "capitals"), ("full stop", True, "full stop")]
+)
+def test_a_form_that_one_side_has_and_the_other_has_not_is_named_and_no_noise(name, value, word, caplog):
+    clean, copied, train = shifted()
+    train[name][:] = value
+    values, noise, judgements = scores_of(clean, copied, train)
+    assert (values >= 0).all()
+    assert noise.n_unjudged == len(values)
+    assert len(noise.differences) == 1
+    assert word in noise.differences[0]
+    assert noise.differences[0] in caplog.text
+    assert "another form" in judgements.why[0]
+
+
+def test_a_plain_rule_counts_unless_validation_rows_hit_it_as_often():
+    clean, copied, train = shifted(noisy=0)
+    train["rule"][:20] = 1 + list(RULES).index("refusal")
+    values, noise, judgements = scores_of(clean, copied, train)
+    assert (values[:20] < -1).all()
+    assert (values[20:] >= 0).all()
+    assert set(judgements.kind[:20]) == {"refusal"}
+    assert noise.share == pytest.approx(0.1, abs=0.02)
+    clean["rule"][:20] = 1 + list(RULES).index("refusal")
+    assert (scores_of(clean, copied, train)[0] >= 0).all()
+
+
+def test_rows_unlike_anything_are_named_and_kept():
+    clean, copied, train = shifted()
+    for name in HALF_CANDIDATES[5:]:  # as no copy is
+        train[name][100:105] += np.array([-9.0, -9.0])
+        train[name][105:110] += np.array([9.0, 9.0])
+    values, noise, judgements = scores_of(clean, copied, train)
+    assert noise.n_unlike >= 10
+    assert (values[100:110] >= 0).all()
+    assert all("worth a look" in why for why in judgements.why[100:110])
 
 
 def test_answers_are_swapped_within_a_half(monkeypatch):
@@ -112,7 +220,8 @@ def test_answers_are_swapped_within_a_half(monkeypatch):
     scorer = ForValueScorer(build_model(), validation, ForValueConfig(method="auto"), progress=False)
     with pytest.raises(RuntimeError, match="seen enough"):
         scorer.score(answered(3))
-    assert halves == [[row["input_ids"] for row in validation[h::2]] for h in (0, 1)]
+    assert sorted([*halves[0], *halves[1]]) == sorted(row["input_ids"] for row in validation)
+    assert len(halves[0]) == len(halves[1]) == 20
 
 
 def test_auto_and_labels_agree_where_answers_repeat_and_find_the_wrong_ones():
@@ -159,7 +268,7 @@ def test_auto_finds_swapped_answers_that_repeat_their_prompt():
     assert auc(scores.values[ok & ~wrong], scores.values[ok & wrong]) > 0.95
     assert abs(scores.noise.share - 0.3) < 0.08
     assert scores.noise.evidence["swapped"].auc > 0.95
-    assert set(scores.noise.evidence) == set(KINDS)
+    assert set(scores.noise.evidence) == set(KINDS) - set(TEXT_KINDS), "no tokenizer"
     assert "on your 80 validation rows" in scores.summary()
     assert (Drop("auto")(scores.values) == 0)[wrong].mean() > 0.8
 
@@ -226,3 +335,47 @@ def test_answers_in_one_form_are_not(caplog):
     train[0]["input_ids"][-2] = train[0]["labels"][-2] = 9  # no validation row has it
     ForValueScorer(build_model(), rows(40, 0, eos=True), ForValueConfig("auto"), progress=False).score(train)
     assert "token for token" not in caplog.text
+
+
+def test_the_words_say_what_the_evidence_is_about_and_what_is_not_judged():
+    evidence = {
+        "swapped": Evidence(0.9, (0.85, 0.95), "overlap", 0.8, 0.7),
+        "refusal": Evidence(0.5, (0.4, 0.6), "match", 0.5, 0.5),
+    }
+    noise = NoiseEstimate(
+        0.2, evidence, 80, {"swapped": 0.2}, share_error=0.05, n_unjudged=7, n_unlike=3, differences=("no EOS",)
+    )
+    assert NoiseEstimate.from_dict(json.loads(json.dumps(noise.to_dict()))) == noise
+    said = "\n".join(about_noise(noise))
+    for words in (
+        "0.90 (0.85 to 0.95; best single measure: overlap 0.80; mean log-likelihood 0.70)",
+        "no promise about the errors of your data",
+        "no score finds refusal: do not filter by this against it",
+        "no EOS: a difference of form, no noise",
+        "0.20 (95 %: 0.10 to 0.30): swapped 0.20",
+        "not judged  7 rows, kept",
+        "look at     3 rows, kept",
+    ):
+        assert words in said
+
+
+def test_the_order_of_rows_decides_nothing():
+    """Neither that of the validation rows nor that of the training rows."""
+    model, validation, train = build_model("llama", torch.float64), answered(60, seed=1), answered(60, seed=2)
+    validation[7] = validation[3]  # rows alike stay in one half and one fold
+    rng = np.random.default_rng(0)
+    for i in range(20):  # words of another answer
+        start = sum(label == -100 for label in train[i]["labels"])
+        train[i]["input_ids"][start:] = train[i]["labels"][start:] = rng.integers(
+            3, 20, len(train[i]["labels"]) - start
+        ).tolist()
+    turns = [np.arange(60), rng.permutation(60)]
+    values = []
+    for turn, other in zip(turns, reversed(turns), strict=True):
+        config = ForValueConfig(method="auto")
+        scorer = ForValueScorer(model, [validation[i] for i in other], config, progress=False)
+        found = np.empty(60)
+        found[turn] = scorer.score([train[i] for i in turn]).values
+        values.append(found)
+    np.testing.assert_array_equal(values[0] < 0, values[1] < 0)
+    assert relative(values[0], values[1]) < 1e-3

@@ -126,7 +126,7 @@ def unweighed(self, state, found):
         ("fitted", ["validation rows", "rows to score"]),
         (
             "auto",
-            ["first half of the validation rows", "second half", "validation rows", *KINDS[1:3], "rows to score"],
+            ["first half of the validation rows", "second half", "validation rows", "copies of them", "rows to score"],
         ),
     ],
 )

@@ -1,26 +1,80 @@
 """Which kinds of noise can be told from clean rows, and how much of each the training rows hold. Knows no model.
 
-Validation rows are clean; copies of them are corrupted on purpose. A classifier learns from both, on a handful of
-numbers per row, what tells a clean row from each kind of noise. On training rows its probabilities are weighted by
-shares of the kinds that explain those rows best (Saerens, Latinne and Decaestecker 2002). Imports torch and numpy.
+Validation rows are clean; copies of them are corrupted on purpose. Classifiers learn from both, on a handful of
+numbers per row, what tells a clean row from each kind of noise: one for each fold of the validation rows that never
+sees that fold. On training rows their probabilities are weighted by shares of the kinds that explain those rows best
+(Saerens, Latinne and Decaestecker 2002). How much noise there is in all is then found by moments, which the validation
+rows out of fold keep honest. Imports torch and numpy.
 
-Shapes: N rows, F features, K kinds of noise; class 0 is "clean", class k the k-th kind.
+Shapes: N rows, F features, K kinds of copies; class 0 is "clean", class k the k-th kind. Copies may be of noise, or of
+right rows in another form.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..core.fit import fit_softmax, logits
 
-RIDGES = (1.0, 10.0, 100.0)
+# From stiff to loose; none is tried after the first that does worse than the one before.
+RIDGES = (100.0, 10.0, 1.0)
+ITERATIONS = 60
 FOLDS = 5
 # Standardised features are cut here: one odd row must not decide.
 LIMIT = 4.0
+# Standard errors on either side of a 95 % interval.
+INTERVAL = 1.96
+# A kind that was not found keeps the share of so many rows, so that rows are ranked even where none was.
+FLOOR_ROWS = 0.5
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Features of a row against what clean rows of its length have, in standard deviations of those.
+
+    Short answers differ from long ones in nearly all features, and are right as often. So length is no evidence.
+
+    Args:
+        center, scale: of the lengths.
+        low, high: of the validation rows.
+        mean_3F, log_spread_2F: coefficients on 1, length and its square.
+    """
+
+    center: float
+    scale: float
+    low: float
+    high: float
+    mean_3F: np.ndarray
+    log_spread_2F: np.ndarray
+
+    @classmethod
+    def of(cls, features_NF: np.ndarray, length_N: np.ndarray) -> Relative:
+        """From clean rows."""
+        center, scale = float(length_N.mean()), float(length_N.std() + 1e-9)
+        low, high = (float((end - center) / scale) for end in (length_N.min(), length_N.max()))
+        found = cls(center, scale, low, high, np.zeros((3, 0)), np.zeros((2, 0)))
+        basis = found._basis(length_N)
+        spread = features_NF.std(0) + 1e-9
+        mean = _ridge(basis, features_NF)
+        rest = features_NF - basis @ mean
+        log_spread = _ridge(basis[:, :2], np.log(np.abs(rest) + 0.05 * spread))
+        scaled = rest / np.exp(basis[:, :2] @ log_spread)
+        log_spread[0] += np.log(np.sqrt((scaled**2).mean(0)) + 1e-9)
+        return cls(center, scale, low, high, mean, log_spread)
+
+    def __call__(self, features_NF: np.ndarray, length_N: np.ndarray) -> np.ndarray:
+        basis = self._basis(length_N)
+        z = (features_NF - basis @ self.mean_3F) / np.exp(basis[:, :2] @ self.log_spread_2F)
+        return np.clip(z, -LIMIT, LIMIT)
+
+    def _basis(self, length_N: np.ndarray) -> np.ndarray:
+        u = np.clip((length_N - self.center) / self.scale, self.low, self.high)
+        return np.stack([np.ones_like(u), u, u**2], 1)
 
 
 @dataclass(frozen=True)
@@ -28,94 +82,159 @@ class Classifier:
     """Class probabilities of rows, as if all classes were equally frequent.
 
     Args:
-        center, spread: (F,), mean and standard deviation of the clean rows.
-        coefficients: (2 F + 1, K + 1), on the standardised features and their squares: with the squares, classes may
-            differ in spread, which the estimate of the shares needs most.
+        relative: how features become those of rows of one length.
+        coefficients: by fold that they have not seen, (2 F + 1, K + 1) each, on those features and their squares: with
+            the squares, classes may differ in spread, which the estimate of the shares needs most.
         ridge: the one with the best likelihood in cross-validation.
     """
 
-    center: np.ndarray
-    spread: np.ndarray
-    coefficients: torch.Tensor
+    relative: Relative
+    coefficients: list[Tensor]
     ridge: float
 
-    def log_p(self, features: np.ndarray) -> np.ndarray:
-        """(N, K + 1)."""
-        return _log_softmax(logits(self.coefficients, _expand(features, self.center, self.spread)).numpy())
+    def by_fold(self, features: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """log p by each of them, (FOLDS, N, K + 1)."""
+        x = _expand(self.relative(features, length))
+        return np.stack([_log_softmax(logits(model, x).numpy()) for model in self.coefficients])
+
+    def spoke(self, features: np.ndarray, length: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How much each feature said for "clean" against the kind (0 to K - 1) of each row, (N, F), against what it
+        says of a clean row on average; and the features in standard deviations, (N, F)."""
+        z = self.relative(features, length)
+        n = z.shape[1]
+        mean = torch.stack(self.coefficients).mean(0).numpy()
+        speaks = mean[:, :1] - mean[:, 1:]
+        return z * speaks[:n, kinds].T + (z**2 - 1) * speaks[n : 2 * n, kinds].T, z
 
 
-def fit_classifier(features: np.ndarray, classes: np.ndarray, rows: np.ndarray) -> tuple[Classifier, np.ndarray]:
+def fit_classifier(
+    features: np.ndarray, length: np.ndarray, classes: np.ndarray, fold: np.ndarray
+) -> tuple[Classifier, np.ndarray]:
     """The classifier, and the `log_p` (N, K + 1) of its own rows out of fold.
 
     Args:
         features: (N, F).
+        length: (N,), of the answers.
         classes: (N,), 0 = clean.
-        rows: (N,), the validation row that each is a copy of; folds never split one.
+        fold: (N,), that of the validation row that each is a copy of.
     """
-    center, spread = features[classes == 0].mean(0), features[classes == 0].std(0) + 1e-9
-    x = _expand(features, center, spread)
+    clean = classes == 0
+    relative = Relative.of(features[clean], length[clean])
+    x = _expand(relative(features, length))
     counts = np.bincount(classes)
     onehot = np.eye(len(counts))[classes] * (len(classes) / len(counts) / counts)[:, None].T
     targets = torch.from_numpy(onehot)
-    fold = rows % FOLDS
-    best: tuple[float, float, np.ndarray] | None = None
-    for ridge in RIDGES:
+    kept = [torch.from_numpy(fold != k) for k in range(FOLDS)]
+    best: tuple[float, float, list[Tensor], np.ndarray] | None = None
+    models: list[Tensor | None] = [None] * FOLDS
+    for ridge in RIDGES:  # each started where the stiffer one ended
+        fitted = [
+            fit_softmax(x[some], targets[some], ridge, start_FK=start, iterations=ITERATIONS)
+            for some, start in zip(kept, models, strict=True)
+        ]
         held_out = np.zeros_like(onehot)
-        for k in range(FOLDS):
-            inside = torch.from_numpy(fold != k)
-            fitted = fit_softmax(x[inside], targets[inside], ridge)
-            held_out[fold == k] = _log_softmax(logits(fitted, x[~inside]).numpy())
+        for some, model in zip(kept, fitted, strict=True):
+            held_out[~some.numpy()] = _log_softmax(logits(model, x[~some]).numpy())
         likelihood = float((onehot * held_out).sum())
-        if best is None or likelihood > best[0]:
-            best = (likelihood, ridge, held_out)
+        if best is not None and likelihood < best[0]:
+            break
+        best = (likelihood, ridge, fitted, held_out)
+        models = [*fitted]
     assert best is not None
-    return Classifier(center, spread, fit_softmax(x, targets, best[1]), best[1]), best[2]
+    return Classifier(relative, best[2], best[1]), best[3]
 
 
 def shares(log_p: np.ndarray, n_validation: int) -> np.ndarray:
     """Shares of the classes among rows, (K + 1,), that explain their probabilities `log_p` (N, K + 1) best.
 
-    Maximum likelihood over mixtures of clean rows and any subset of the kinds. A kind is taken in only where the
-    likelihood pays for it (half the logarithm of the number of rows, as in the Bayesian information criterion), or
-    else a few per cent of noise would be found in clean data. `n_validation`, the clean rows that these rest on,
+    Maximum likelihood over mixtures of clean rows and some of the kinds, taken in one after the other as long as the
+    likelihood pays for one more (half the logarithm of the number of rows, as in the Bayesian information criterion),
+    or else a few per cent of noise would be found in clean data. `n_validation`, the clean rows that these rest on,
     bounds the number of rows that count: what their own sampling error looks like from N rows is no evidence.
     """
-    n_kinds = log_p.shape[1] - 1
-    effective = 1 / (1 / len(log_p) + 1 / n_validation)
-    best, found = -np.inf, np.zeros(0)
-    for size in range(n_kinds + 1):
-        for kinds in combinations(range(1, n_kinds + 1), size):
-            classes = [0, *kinds]
-            p = _expectation_maximisation(log_p[:, classes])
-            likelihood = np.log(np.exp(log_p[:, classes]) @ p).mean() * effective - size * np.log(effective) / 2
-            if likelihood > best:
-                best, found = likelihood, np.zeros(n_kinds + 1)
-                found[classes] = p
+    n_classes = log_p.shape[1]
+    effective = 1 / (1 / max(1, len(log_p)) + 1 / n_validation)
+    classes, share = [0], np.ones(1)
+    best = log_p[:, 0].mean() * effective if len(log_p) else 0.0
+    while len(log_p):
+        tried = []
+        for kind in set(range(1, n_classes)) - set(classes):
+            p = _expectation_maximisation(log_p[:, [*classes, kind]])
+            likelihood = _log_sum_exp(log_p[:, [*classes, kind]] + np.log(np.maximum(p, 1e-12))).mean() * effective
+            tried.append((likelihood - len(classes) * np.log(effective) / 2, kind, p))
+        if not tried or max(tried, key=lambda one: one[0])[0] <= best:
+            break
+        best, kind, share = max(tried, key=lambda one: one[0])
+        classes.append(kind)
+    found = np.zeros(n_classes)
+    found[classes] = share
     return found
 
 
-def log_odds(log_p: np.ndarray, class_shares: np.ndarray) -> np.ndarray:
-    """Log of P(clean) / P(noisy) of each row, (N,), given the shares of the classes.
+def share_by_moments(
+    of_training: np.ndarray, of_clean: Sequence[np.ndarray], of_noisy: Sequence[np.ndarray], weights: np.ndarray
+) -> tuple[float, float]:
+    """Share of noisy rows and its standard error, from numbers that are higher for clean rows.
 
-    A kind that was not found keeps the share of half a row, so that rows are ranked even where none was.
+    With a the mean of clean validation rows out of fold and b that of noisy copies of them, training rows of which a
+    share s is noisy have the mean `(1 - s) a + s b`: s = (a - mean) / (a - b).
+
+    Args:
+        of_clean, of_noisy: by class.
+        weights: of the classes, the clean ones first.
     """
-    floor = 0.5 / len(log_p)
+    n = len(of_clean)
+    a, a_variance = _mean(of_clean, weights[:n])
+    b, b_variance = _mean(of_noisy, weights[n:])
+    span = max(a - b, 1e-3)
+    share = float(np.clip((a - of_training.mean()) / span, 0, 1))
+    variance = of_training.var() / len(of_training) + (1 - share) ** 2 * a_variance + share**2 * b_variance
+    return share, float(min(1.0, np.sqrt(variance) / span))
+
+
+def log_odds(log_p: np.ndarray, class_shares: np.ndarray, noisy: np.ndarray) -> np.ndarray:
+    """Log of P(clean) / P(noisy) of each row, (N,), given the shares of the classes and which are noise, (K + 1,)."""
+    floor = FLOOR_ROWS / len(log_p)
     weighted = log_p + np.log(np.maximum(class_shares, floor))
-    return weighted[:, 0] - _log_sum_exp(weighted[:, 1:])
+    return _log_sum_exp(weighted[:, ~noisy]) - _log_sum_exp(weighted[:, noisy])
 
 
-def _expand(features: np.ndarray, center: np.ndarray, spread: np.ndarray) -> torch.Tensor:
-    z = np.clip((features - center) / spread, -LIMIT, LIMIT)
-    return torch.from_numpy(np.hstack([z, z**2]))
+def _mean(of_classes: Sequence[np.ndarray], weights: np.ndarray) -> tuple[float, float]:
+    """Of a mixture of classes, and its variance."""
+    weights = weights / weights.sum()
+    mean = sum(w * x.mean() for w, x in zip(weights, of_classes, strict=True))
+    return float(mean), float(sum(w**2 * x.var() / len(x) for w, x in zip(weights, of_classes, strict=True)))
 
 
-def _expectation_maximisation(log_p: np.ndarray, iterations: int = 1000) -> np.ndarray:
+def shift_to(log_odds_N: np.ndarray, share: float, most: float) -> float:
+    """What to add to log odds so that they say a share of noisy rows, and put at most the share `most` below 0."""
+    low, high = -20.0, 20.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        noise = 1 / (1 + np.exp(np.clip(log_odds_N + middle, -50, 50)))
+        low, high = (middle, high) if noise.mean() > share else (low, middle)
+    n = int(most * len(log_odds_N))
+    ascending = np.sort(log_odds_N)
+    return high if n >= len(ascending) else max(high, -float(ascending[n]))
+
+
+def _ridge(x_NB: np.ndarray, y_NF: np.ndarray) -> np.ndarray:
+    """Least squares with a little ridge on all but the mean."""
+    penalty = np.diag([0.0, *[1e-2 * len(x_NB)] * (x_NB.shape[1] - 1)])
+    return np.linalg.solve(x_NB.T @ x_NB + penalty, x_NB.T @ y_NF)
+
+
+def _expand(z: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.hstack([z, z**2 - 1]))
+
+
+def _expectation_maximisation(log_p: np.ndarray, iterations: int = 300) -> np.ndarray:
     p = np.exp(log_p - log_p.max(1, keepdims=True))
     share = np.full(p.shape[1], 1 / p.shape[1])
     for _ in range(iterations):
         posterior = p * share
         new = (posterior / posterior.sum(1, keepdims=True)).mean(0)
-        if np.abs(new - share).max() < 1e-6:
+        if np.abs(new - share).max() < 1e-4:
             break
         share = new
     return share

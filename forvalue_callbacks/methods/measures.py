@@ -1,8 +1,8 @@
 """What forward passes say about a row: the numbers that `auto` chooses from.
 
 Two parts per row: the whole row, and its answer alone (its labelled tokens behind BOS). What rests on validation rows
-(the For-Value directions, a fitted head) is measured once for each half of them, so that a validation row is never
-judged by itself.
+(the For-Value directions, a fitted head, which words are rare) is measured once for each half of them, so that a
+validation row is never judged by itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,13 +19,16 @@ from torch import Tensor
 from .. import core
 from ..core.fit import fit_head
 from ..core.stats import power_of_moment
+from ..data.corruption import Spelling
+from ..data.rules import RULES, rule_of
 from ..data.sample import Segment
 from ..model.positions import Columns, Positions
 from .base import reasons_unless
 
 # Numbers of a row that rest on nothing else, and those that rest on one half of the validation rows.
-ROW_CANDIDATES = ("mean log-likelihood", "mutual information", "temperature score", "last token", "length", "overlap")
+ROW_CANDIDATES = ("mean log-likelihood", "mutual information", "temperature score", "last token", "repetition")
 HALF_CANDIDATES = (
+    "overlap",
     "gradient",
     "gradient, length",
     "gradient, cosine",
@@ -71,22 +75,28 @@ class Reference:
 
     Args:
         halves: what each half of the validation rows says.
-        documents, frequency: how many validation rows there are, and in how many of them each n-gram occurs.
+        documents, frequency: how many rows each half has, and in how many of them each n-gram occurs.
+        spelling: of the answers, where it is known.
         bases: the directions that are kept of mean states of prompts and of answers, (D, `MATCH_DIMENSIONS`) each.
     """
 
     halves: Sequence[Half]
-    documents: int
-    frequency: Counter[tuple[int, ...]] = field(repr=False)
+    documents: Sequence[int]
+    frequency: Sequence[Counter[tuple[int, ...]]] = field(repr=False)
+    spelling: Spelling | None = None
     bases: tuple[Tensor, Tensor] | None = None
 
-    def overlap(self, segment: Segment) -> float:
-        """Share of the answer's n-grams that its prompt holds, rare ones counting more (inverse frequency)."""
+    def overlap(self, segment: Segment) -> list[float]:
+        """Share of the answer's n-grams that its prompt holds, rare ones counting more (inverse frequency in each
+        half)."""
         assert segment.tokens is not None
-        prompt = set(n_grams(segment.tokens[: segment.n_prompt]))
-        answer = set(n_grams(learnt(segment)))
-        weight = {g: np.log((self.documents + 1) / (self.frequency[g] + 0.5)) for g in answer}
-        return float(sum(weight[g] for g in answer & prompt) / max(sum(weight.values()), 1e-9))
+        prompt = n_grams(segment.tokens[: segment.n_prompt])
+        answer = n_grams(learnt(segment))
+        out = []
+        for documents, frequency in zip(self.documents, self.frequency, strict=True):
+            weight = {g: np.log((documents + 1) / (frequency[g] + 0.5)) for g in answer}
+            out.append(float(sum(weight[g] for g in answer & prompt) / max(sum(weight.values()), 1e-9)))
+        return out
 
     def projected(self, means_RD: Tensor, side: int) -> np.ndarray:
         """Mean states along the directions that are kept, float32."""
@@ -107,6 +117,9 @@ def whole_rows(reference: Reference, head: core.Head, positions: Positions) -> C
         "last token": log_p_T.double().cpu().numpy()[np.cumsum(n) - 1],
         "length": np.log(n),
         "overlap": np.array([reference.overlap(segment) for segment in positions.segments]),
+        "repetition": np.array([_repetition(learnt(segment)) for segment in positions.segments]),
+        "asked": np.log1p([segment.n_prompt for segment in positions.segments]),
+        **_forms(reference.spelling, positions.segments),
     }
     halves = [_by_half(half, head, positions, log_p) for half in reference.halves]
     columns |= {name: np.stack([half[name] for half in halves], 1) for name in halves[0]}
@@ -118,6 +131,28 @@ def whole_rows(reference: Reference, head: core.Head, positions: Positions) -> C
         "n_labelled": n.astype(np.int64),
         "reason": reasons_unless(finite),
     }
+
+
+def _repetition(tokens: np.ndarray) -> float:
+    """Share of the pairs of tokens that came before."""
+    pairs = list(pairwise(tokens.tolist()))
+    return 1 - len(set(pairs)) / max(1, len(pairs))
+
+
+def _forms(spelling: Spelling | None, segments: Sequence[Segment]) -> Columns:
+    """The token that answers end with; where text can be read, whether they have lower case letters, capitals, and a
+    sign that ends a sentence, and which plain rule they hit (0: none, k: the k-th)."""
+    ends = np.array([segment.target[-1] for segment in segments], dtype=np.int64)
+    forms = np.zeros((len(segments), 3), dtype=bool)
+    rules = np.zeros(len(segments), dtype=np.int64)
+    names = [None, *RULES]
+    for i, segment in enumerate(segments if spelling is not None else ()):
+        assert spelling is not None
+        assert segment.tokens is not None
+        answer = spelling.text(learnt(segment)).strip()
+        forms[i] = answer != answer.upper(), answer != answer.lower(), answer.endswith((".", "!", "?", '."', "\u3002"))
+        rules[i] = names.index(rule_of(spelling.text(segment.tokens[: segment.n_prompt]), answer))
+    return {"end": ends, "lower case": forms[:, 0], "capitals": forms[:, 1], "full stop": forms[:, 2], "rule": rules}
 
 
 def _by_half(half: Half, head: core.Head, positions: Positions, log_p: np.ndarray) -> dict[str, np.ndarray]:

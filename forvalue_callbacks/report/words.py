@@ -41,18 +41,41 @@ def about_noise(noise: NoiseEstimate) -> list[str]:
     """The evidence, and how much noise there seems to be."""
     if noise.n_answers is not None:
         return _about_answers(noise)
-    lines = [f"evidence    on your {noise.n_validation} validation rows against copies corrupted on purpose (AUC, "]
-    lines[0] += "cross-fitted):"
+    return _about_copies(noise)
+
+
+def _about_copies(noise: NoiseEstimate) -> list[str]:
+    """That of rows whose answers do not repeat: the evidence is about corrupted copies."""
+    lines = [
+        f"evidence    on your {noise.n_validation} validation rows against copies corrupted on purpose (AUC, "
+        "cross-fitted; 95 %):",
+    ]
     for kind, found in noise.evidence.items():
+        low, high = found.interval or (found.auc, found.auc)
         lines.append(
-            f"            {kind:15s} {found.auc:.2f}  (best single score: {found.best} {found.best_auc:.2f}; "
-            f"mean log-likelihood {found.loss_auc:.2f})"
+            f"            {kind:26s} {found.auc:.2f} ({low:.2f} to {high:.2f}; best single measure: {found.best} "
+            f"{found.best_auc:.2f}; mean log-likelihood {found.loss_auc:.2f})"
         )
+    lines.append("            this is about copies made for the purpose: no promise about the errors of your data")
     hidden = " or ".join(kind for kind, found in noise.evidence.items() if found.auc < USEFUL_AUC)
     if hidden:
         lines.append(f"            on your validation rows no score finds {hidden}: do not filter by this against it")
-    kinds = ", ".join(f"{kind} {share:.2f}" for kind, share in noise.shares.items() if share > 0)
-    lines.append(f"noise       estimated share of noisy rows {noise.share:.2f}" + (f" ({kinds})" if kinds else ""))
+    lines += [f"form        {difference}: a difference of form, no noise" for difference in noise.differences]
+    kinds = ", ".join(f"{kind} {share:.2f}" for kind, share in noise.shares.items() if share >= 0.005)
+    lines.append(
+        f"noise       estimated share of noisy rows among those judged {noise.share:.2f}"
+        + _interval(noise.share, noise.share_error)
+        + (f": {kinds}" if kinds else "")
+    )
+    if noise.n_unjudged:
+        lines.append(
+            f"not judged  {noise.n_unjudged:,} rows, kept: their prompts, lengths or forms are unlike those of all "
+            "validation rows; give validation rows of their kind"
+        )
+    if noise.n_unlike:
+        lines.append(
+            f"look at     {noise.n_unlike:,} rows, kept: unlike the validation rows and every kind of noise tried"
+        )
     return lines
 
 

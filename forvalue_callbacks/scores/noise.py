@@ -63,13 +63,15 @@ class NoiseEstimate:
     """How much noise there seems to be, and what that rests on.
 
     Args:
-        share: of the rows that could be scored.
+        share: of the rows that are judged.
         shares: of each kind of noise among them.
         evidence: on the validation rows, by kind.
         n_validation: how many of them it rests on.
         n_answers: how many different answers there are, where they repeat; None where the kinds are corrupted copies.
         share_error: standard error of the share, where that is known.
-        n_unjudged: rows that are kept because too few validation rows have their answer.
+        n_unjudged: rows that are kept because too few validation rows have their answer or are of their kind or form.
+        n_unlike: rows that are kept and worth a look: unlike the validation rows and every kind of noise.
+        differences: of form, between the two sides, in words.
         likelihood: mean log-likelihood of the validation rows' answers, out of fold, by how training rows are used:
             the best one judges.
         views: weights of what the answers were predicted from.
@@ -83,6 +85,8 @@ class NoiseEstimate:
     n_answers: int | None = None
     share_error: float | None = None
     n_unjudged: int = 0
+    n_unlike: int = 0
+    differences: tuple[str, ...] = ()
     likelihood: dict[str, float] = field(default_factory=dict)
     views: dict[str, float] = field(default_factory=dict)
     validation: ValidationNoise | None = None
@@ -97,7 +101,7 @@ class NoiseEstimate:
         for kind, found in facts["evidence"].items():
             interval = found.get("interval")
             evidence[kind] = Evidence(**{**found, "interval": None if interval is None else tuple(interval)})
-        facts = {**facts, "evidence": evidence}
+        facts = {**facts, "evidence": evidence, "differences": tuple(facts.get("differences", ()))}
         if (known := facts.get("validation")) is not None:
             facts["validation"] = ValidationNoise(
                 known["share"], known["share_error"], tuple(known["rows"]), tuple(known["log_odds"])
