@@ -3,9 +3,7 @@
 import logging
 import re
 import sys
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from forvalue_callbacks import ForValueConfig, ForValueScorer
 from forvalue_callbacks import progress as module
 from forvalue_callbacks.core.fit import Fit
 from forvalue_callbacks.data.corruption import KINDS
-from forvalue_callbacks.methods import auto, label_model
+from forvalue_callbacks.methods import auto
 from forvalue_callbacks.methods import measures as evidence
 from forvalue_callbacks.progress import Pass, Plan, Progress, duration, speaking
 from forvalue_callbacks.scores.judgements import Judgements
@@ -163,17 +161,7 @@ def test_every_method_says_which_passes_are_to_come_and_makes_them(method, passe
     assert made == [("rows to score", 6 if method == "auto" else 3)]
 
 
-def test_label_rows_say_their_passes_and_the_fit(capsys, monkeypatch):
-    fit = SimpleNamespace(
-        log_odds=np.zeros(20),
-        flipped_auc=1.0,
-        auc_interval=(1.0, 1.0),
-        noise_share=0.0,
-        share_error=0.1,
-        judged=lambda answers: np.ones(len(answers), dtype=bool),
-        likelihood=(0.0, 0.0),
-    )
-    monkeypatch.setattr(label_model, "fit_labels", lambda *_, **__: fit)
+def test_label_rows_say_their_passes_and_the_fit(capsys):
     answers = [
         {**row, "input_ids": [*row["input_ids"][:2], 5 + i % 2], "labels": [-100, -100, 5 + i % 2]}
         for i, row in enumerate(build_rows(40, seed=3))
