@@ -48,12 +48,6 @@ class ValidationSide:
     def __init__(self, run: Run, dataset: Iterable[Any] | None, config: ForValueConfig, row_config: RowConfig):
         self.run, self.config, self.row_config = run, config, row_config
         self.dataset = None if dataset is None else kept(dataset)
-        if dataset is None and METHODS[config.method].needs_validation:
-            able = " or ".join(repr(name) for name, method in METHODS.items() if not method.needs_validation)
-            raise ValueError(
-                f"method={config.method!r} needs a validation_dataset, clean rows of the kind to become good at; "
-                f"without one, method={able} finds wrong answers where answers repeat."
-            )
         self.first: list[Sample] = []
         self.known: State | None = None
         self.n_rows = 0
@@ -79,11 +73,12 @@ class ValidationSide:
         """The rows that can be scored.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, and the method needs some.
         """
         if self._samples is None:
             refuse_other_settings(self._settings())
             if self.dataset is None:
+                self._refuse_without()
                 self._samples = []
                 return self._samples
             with together("reading the validation rows") as work:
@@ -100,6 +95,15 @@ class ValidationSide:
                 refuse_other_rows(work.exchange([(row.digest, row.reason) for row in rows]), 0, "validation ")
             self._samples, self.n_rows = [row for row in rows if row.reason is None], len(rows)
         return self._samples
+
+    def _refuse_without(self) -> None:
+        """Raises ValueError where the method needs validation rows."""
+        if METHODS[self.config.method].needs_validation:
+            able = " or ".join(repr(name) for name, method in METHODS.items() if not method.needs_validation)
+            raise ValueError(
+                f"method={self.config.method!r} needs a validation_dataset, clean rows of the kind to become good at; "
+                f"without one, method={able} finds wrong answers where answers repeat."
+            )
 
     @property
     def method(self) -> Method:

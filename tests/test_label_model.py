@@ -405,7 +405,7 @@ def test_rows_are_scored_without_validation_rows_where_answers_repeat():
         assert auc(scores.values[~wrong], scores.values[wrong]) > 0.9
         assert "without validation rows" in scores.summary()
     with pytest.raises(ValueError, match="method='whitened' needs a validation_dataset"):
-        ForValueScorer(build_model(), None, ForValueConfig(method="whitened"))
+        ForValueScorer(build_model(), None, ForValueConfig(method="whitened")).score(train)
     different = [{**row, "labels": [-100] * 3 + [i], "input_ids": [5, 6, 7, i]} for i, row in enumerate(train[:40])]
     with pytest.raises(ValueError, match="0% of the first 40 rows share theirs with another: read 300 rows"):
         ForValueScorer(build_model(), None, CONFIG, progress=False).score(different)
