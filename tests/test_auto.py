@@ -138,6 +138,41 @@ def test_the_share_comes_with_an_error_and_no_more_is_dropped_than_it_allows():
     assert all(judgements.kind[i] is None for i in ok)
 
 
+def test_no_more_is_dropped_than_the_share_and_its_error_allow(monkeypatch):
+    """Whatever the log odds say: here the share that the moments find is a third of what the rows look like."""
+    monkeypatch.setattr("forvalue_callbacks.methods.weighing.share_by_moments", lambda *_: (0.1, 0.02))
+    values, noise, _ = scores_of(*shifted())
+    n_judged = len(values) - noise.n_unjudged - noise.n_unlike
+    assert 0.1 * n_judged - 1 <= (values < 0).sum() <= (0.1 + 1.96 * 0.02) * n_judged
+    assert (values[60:] >= 0).all()
+
+
+def test_a_share_that_is_hardly_known_lets_no_more_be_dropped_than_its_lower_end(monkeypatch):
+    monkeypatch.setattr("forvalue_callbacks.methods.weighing.share_by_moments", lambda *_: (0.9, 0.4))
+    values, noise, _ = scores_of(*shifted())
+    n_judged = len(values) - noise.n_unjudged - noise.n_unlike
+    assert 0 < (values < 0).sum() <= (0.9 - 1.96 * 0.4) * n_judged
+
+
+def test_the_claim_about_a_kind_holds_on_rows_that_nobody_has_seen():
+    """Its AUC on copies of the validation rows, out of fold, against that of training rows that went wrong alike."""
+    claimed, true = [], []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        clean, copied = drawn(rng, 300), {"swapped": drawn(rng, 300, 0.5, slice(5))}
+        sides = [drawn(rng, 1000, 0.5, slice(5), start=300), drawn(rng, 1000, start=1300)]
+        train = {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
+        for columns in (clean, copied["swapped"], train):  # halves that agree: the mean of both is no better than one
+            for name in (*HALF_CANDIDATES, "alone, fitted"):
+                if name in columns:
+                    columns[name][:, 1] = columns[name][:, 0]
+        values, noise, _ = scores_of(clean, copied, train)
+        claimed.append(noise.evidence["swapped"].auc)
+        true.append(auc(values[1000:], values[:1000]))
+    assert 0.7 < np.mean(claimed) < 0.95, "neither hidden nor plain"
+    assert abs(np.mean(claimed) - np.mean(true)) < 0.03
+
+
 def test_nothing_is_dropped_of_clean_rows():
     for seed in range(3):
         values, noise, _ = scores_of(*shifted(noisy=0, seed=seed))
@@ -352,7 +387,7 @@ def test_the_words_say_what_the_evidence_is_about_and_what_is_not_judged():
         "no promise about the errors of your data",
         "no score finds refusal: do not filter by this against it",
         "no EOS: a difference of form, no noise",
-        "0.20 (95 %: 0.10 to 0.30): swapped 0.20",
+        "0.20 (95 %: 0.10 to 0.30): swapped 0.20; of the kinds that were found, and not of others",
         "not judged  7 rows, kept",
         "look at     3 rows, kept",
     ):

@@ -30,6 +30,8 @@ ODD = 0.002
 UNKNOWN = "worth a look: unlike the validation rows and unlike every kind of noise that was tried (kept)"
 # A kind that is told so well is believed, at such odds, of rows shorter or longer than all validation rows.
 CERTAIN_AUC, CERTAIN_ODDS = 0.98, 3.0
+# A share with a larger standard error is hardly known: no more rows are dropped than there are noisy ones at least.
+UNSURE = 0.1
 # Another form that so many rows have is named.
 MANY = 0.05
 # A plain rule hits right rows by itself: as if so many of so many more validation rows had been hit.
@@ -141,7 +143,8 @@ class Weighing:
             total, error = self._share(share, judged)
         spread = INTERVAL * error
         if total > spread:
-            values += shift_to(values[judged], total, min(1.0, total + spread))
+            most = total - spread if error > UNSURE else min(1.0, total + spread)
+            values += shift_to(values[judged], total, most)
         elif judged.any():
             values += shift_to(values[judged], 0.0, 0.0)
             share = np.where(self.noisy, 0.0, share)

@@ -66,6 +66,7 @@ def _about_copies(noise: NoiseEstimate) -> list[str]:
         f"noise       estimated share of noisy rows among those judged {noise.share:.2f}"
         + _interval(noise.share, noise.share_error)
         + (f": {kinds}" if kinds else "")
+        + "; of the kinds that were found, and not of others"
     )
     if noise.n_unjudged:
         lines.append(
