@@ -56,7 +56,12 @@ def drawn(rng, n, shift=0.0, columns=slice(None), start=0):
     found["alone"] = found["mean log-likelihood"] - found["mutual information"]
     found["alone, fitted"] = found["fitted_likelihood"] - found["mutual information, fitted"]
     number = start + np.arange(n)
-    found |= {"row": np.arange(n), "half": np.arange(n) % 2, "fold": fold_of(digests_of(number))}
+    found |= {
+        "row": np.arange(n),
+        "place": 1000 + np.arange(n),
+        "half": np.arange(n) % 2,
+        "fold": fold_of(digests_of(number)),
+    }
     found |= {"length": rng.normal(size=n), "asked": rng.normal(size=n), "rule": np.zeros(n, dtype=int)}
     forms = {name: np.zeros(n, dtype=bool) for name in ("lower case", "capitals", "full stop")}
     return found | forms | {"end": np.full(n, EOS), "digest": digests_of(number)}
@@ -414,3 +419,18 @@ def test_the_order_of_rows_decides_nothing():
         values.append(found)
     np.testing.assert_array_equal(values[0] < 0, values[1] < 0)
     assert relative(values[0], values[1]) < 1e-3
+
+
+def test_validation_rows_that_look_like_noise_are_named_by_their_places(caplog):
+    rng = np.random.default_rng(6)
+    clean, copied, train = drawn(rng, 200), {"swapped": drawn(rng, 200, 3.0)}, drawn(rng, 100, start=200)
+    _, noise, _ = scores_of(clean, copied, train)
+    assert not noise.validation.surely
+    bad = np.arange(0, 200, 10)
+    for name in HALF_CANDIDATES:
+        clean[name][bad] -= 3.0
+    found = scores_of(clean, copied, train)[1].validation
+    assert found.surely
+    assert np.isin(found.rows, 1000 + bad).mean() > 0.8
+    assert len(found.rows) > 0.6 * len(bad)
+    assert f"{len(found.rows)} validation rows look wrong themselves (rows 1" in caplog.text

@@ -26,7 +26,7 @@ from ..progress import Pass, Plan, aside
 from ..scores.judgements import Judgements
 from ..scores.noise import USEFUL_AUC, NoiseEstimate
 from .base import LOG_ODDS, ROWS, VALIDATION, Found, Method, State, mean_tokens, measured
-from .label_model import REPEATED, LabelModel, share_repeated
+from .label_model import REPEATED, LabelModel, share_repeated, warn_of_validation
 from .measures import Half, Reference, answers_alone, leading, n_grams, whole_rows
 from .weighing import Weighing, fold_of
 from .whitened import WHITENING_RIDGE
@@ -104,6 +104,7 @@ class Auto(Method):
         kinds, copies = _copies(run, validation, places, spelling)
         found = measured(run, self, {"reference": reference}, [copy for _, _, copy in copies], COPIES)
         rows, classes = (np.array([copy[side] for copy in copies])[found["index"]] for side in (0, 1))
+        clean["place"] = np.array([validation[int(i)].index for i in clean["index"]])
         place = np.full(len(validation), -1)
         place[clean["index"]] = np.arange(len(clean["index"]))
         return {
@@ -127,6 +128,7 @@ class Auto(Method):
 
 def _warn(noise: NoiseEstimate, n_rows: int) -> None:
     """Says what limits the judgement."""
+    warn_of_validation(noise)
     if hidden := [kind for kind, known in noise.evidence.items() if known.auc < USEFUL_AUC]:
         logger.warning(
             "on the validation rows no score finds %s: do not filter by this against it", " or ".join(hidden)

@@ -185,13 +185,18 @@ def _warn(noise: NoiseEstimate, n: int) -> None:
                 n,
                 MIN_OF_CLASS,
             )
-        if noise.validation is not None and noise.validation.surely:
-            rows = noise.validation.rows
-            logger.warning(
-                "%d validation rows look wrong themselves (rows %s): what is said rests on them, so mend them first",
-                len(rows),
-                ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else ""),
-            )
+        warn_of_validation(noise)
+
+
+def warn_of_validation(noise: NoiseEstimate) -> None:
+    """Names validation rows that look wrong themselves."""
+    if noise.validation is not None and noise.validation.surely:
+        rows = noise.validation.rows
+        logger.warning(
+            "%d validation rows look wrong themselves (rows %s): what is said rests on them, so mend them first",
+            len(rows),
+            ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else ""),
+        )
 
 
 def _warn_of_lost_answers(values: np.ndarray, answers: np.ndarray) -> None:

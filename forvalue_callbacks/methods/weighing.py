@@ -17,7 +17,7 @@ from ..data.corruption import FORMS
 from ..data.rules import RULES
 from ..model.positions import Columns
 from ..scores.judgements import Judgements
-from ..scores.noise import USEFUL_AUC, Evidence, NoiseEstimate
+from ..scores.noise import USEFUL_AUC, Evidence, NoiseEstimate, ValidationNoise
 from .base import Found
 from .calibration import FOLDS, INTERVAL, Classifier, fit_classifier, log_odds, share_by_moments, shares, shift_to
 from .comparison import LIKE, OTHER_LENGTH, WHY, Comparison, length_range
@@ -166,6 +166,7 @@ class Weighing:
             n_unjudged=int((unlike != LIKE).sum() - (ruled & (unlike != LIKE)).sum()),
             n_unlike=int((odd & (unlike == LIKE) & ~ruled).sum()),
             differences=(*self.comparison.differences, *self._other_forms(share)),
+            validation=self._of_validation(useful),
         )
         judgements = Judgements.none(self.found.n)
         judgements.probability = np.where(judged | ruled, 1 / (1 + np.exp(np.clip(values, -500, 500))), np.nan)
@@ -184,6 +185,17 @@ class Weighing:
             elif odd[i]:
                 judgements.why[i] = UNKNOWN
         return values, noise, judgements
+
+    def _of_validation(self, useful: Sequence[int]) -> ValidationNoise:
+        """Validation rows that look like noise themselves, by what was learned from the others."""
+        n = len(self.clean["fold"])
+        log_p, share = self.out_of_fold[:n], np.zeros(len(self.noisy))
+        share[useful] = shares(log_p[:, useful], n)
+        odds = log_odds(log_p, share, self.noisy)
+        doubted = np.argsort(odds, kind="stable")[: int((odds < 0).sum())]
+        wrong = float(share[self.noisy].sum())
+        rows, values = self.clean["place"][doubted].tolist(), odds[doubted].tolist()
+        return ValidationNoise(wrong, float(np.sqrt(wrong * (1 - wrong) / n)), tuple(rows), tuple(values))
 
     def _certain(self, log_p: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Rows that look like a kind of noise that is hardly ever taken for another, and are as long as it is."""

@@ -77,7 +77,7 @@ def _about_copies(noise: NoiseEstimate) -> list[str]:
         lines.append(
             f"look at     {noise.n_unlike:,} rows, kept: unlike the validation rows and every kind of noise tried"
         )
-    return lines
+    return [*lines, *_about_validation(noise)]
 
 
 def _about_answers(noise: NoiseEstimate) -> list[str]:
@@ -96,14 +96,19 @@ def _about_answers(noise: NoiseEstimate) -> list[str]:
     lines.append(share + _interval(noise.share, noise.share_error))
     if noise.n_unjudged:
         lines.append(f"not judged  {noise.n_unjudged:,} rows, kept: too few rows are known to have their answer")
+    return [*lines, *_about_validation(noise)]
+
+
+def _about_validation(noise: NoiseEstimate) -> list[str]:
+    """Validation rows that look wrong themselves."""
     known = noise.validation
-    if known is not None and known.rows:
-        lines.append(
-            f"validation  {len(known.rows)} validation rows look wrong themselves; share of wrong ones there "
-            f"{known.share:.2f}{_interval(known.share, known.share_error)}"
-            + (": the evidence is limited by them" if known.surely else "")
-        )
-    return lines
+    if known is None or not known.rows:
+        return []
+    return [
+        f"validation  {len(known.rows)} validation rows look wrong themselves; share of wrong ones there "
+        f"{known.share:.2f}{_interval(known.share, known.share_error)}"
+        + (": the evidence is limited by them" if known.surely else "")
+    ]
 
 
 def _interval(share: float, error: float | None) -> str:
