@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
-from forvalue_callbacks import Drop, ForValueConfig, ForValueScorer, baselines
+from forvalue_callbacks import TINY_MODEL, Drop, ForValueConfig, ForValueScorer, baselines
 
 RESULTS = "real_errors.json"
 DRAWS = 2000  # of the bootstrap
@@ -170,62 +169,76 @@ def find_errors(config: Any, truth: TruthConfig, model: Any, tokenizer: Any) -> 
         The tables, as lines.
 
     Raises:
-        DataError: no --data, other rows in the output folder.
+        DataError: no --data, rows that cannot be scored, other rows in the output folder.
     """
-    if config.data is None:
+    if config.data is None or truth.truth is None:
         raise DataError("--truth names a column of a file: give it as --data FILE.")
     templates = config.prompt_template, config.completion_template
     sizes = config.train_rows, config.validation_rows
-    assert truth.truth is not None
     judged = judged_rows(config.data, truth.truth, templates, *sizes, config.first_seed, truth.max_characters)
-    plain = ForValueScorer(model, judged.validation, processing_class=tokenizer, progress=False)
-    unusable = [
-        i
-        for side in (judged.train, judged.validation)
-        for i, row in enumerate(side)
-        if plain.run.reader.prepare(row).reason is not None
-    ]
-    if unusable:
-        raise DataError(f"{config.data} has {len(unusable)} rows that cannot be scored: lower --max_characters.")
-    settings = {
-        "model": Path(config.model).name,
-        "data": Path(config.data).name,
-        "sha256": hashlib.sha256(Path(config.data).read_bytes()).hexdigest()[:16],
-        "truth": truth.truth,
-        "templates": list(templates),
-        "max_characters": truth.max_characters,
-        "seed": config.first_seed,
-        "validation_rows": len(judged.validation),
-    }
-    path = Path(config.output_dir) / RESULTS
-    rows = {name: getattr(judged, name).tolist() for name in ("bad", "prompts", "places")}
-    found = json.loads(path.read_text()) if path.is_file() else {"settings": settings, **rows, "scores": {}}
-    if (found["settings"], found["places"]) != (settings, rows["places"]):
-        raise DataError(f"{path} holds scores of other rows or of another model: choose another --output_dir.")
-
-    def keep(name: str, values: np.ndarray, began: float, noise: dict | None = None) -> None:
-        facts = {"values": np.asarray(values, dtype=float).tolist(), "seconds": round(perf_counter() - began, 1)}
-        facts |= {"date": date.today().isoformat(), "noise": noise}
-        facts["versions"] = {"commit": commit()} | {name: version(name) for name in ("torch", "transformers")}
-        found["scores"][name] = facts
-        path.write_text(json.dumps(found))
-        print(f"{name}: {auc_of(facts['values'], judged.bad, judged.prompts)}, {facts['seconds']} s", flush=True)
-
+    common = {"processing_class": tokenizer, "progress": False}
+    prepare = ForValueScorer(model, judged.validation, **common).run.reader.prepare
+    prepared = [prepare(row) for side in (judged.train, judged.validation) for row in side]
+    if reasons := {row.reason for row in prepared if row.reason is not None}:
+        raise DataError(f"{config.data} has rows that cannot be scored, lower --max_characters: {min(reasons)}")
+    kept = Kept.opened(Path(config.output_dir) / RESULTS, _settings(config, truth), judged)
     if config.rivals:
-        for name, score in rivals(model, plain.run.reader.prepare, judged, config.first_seed):
-            began = perf_counter()
-            keep(name, score(), began)
+        for name, score in rivals(model, prepare, judged, config.first_seed):
+            kept.add(name, score())
     for method in config.methods:
-        began = perf_counter()
-        setting = ForValueConfig(method)
         try:
-            scorer = ForValueScorer(model, judged.validation, setting, processing_class=tokenizer, progress=False)
-            scores = scorer.score(judged.train)
+            scores = ForValueScorer(model, judged.validation, ForValueConfig(method), **common).score(judged.train)
         except ValueError as error:  # a method that is not for such data
             print(f"{method} refuses: {error}")
             continue
-        keep(method, scores.values, began, scores.metadata.get("noise"))
-    return tables([found])
+        kept.add(method, scores.values, scores.metadata.get("noise"))
+    return tables([kept.facts])
+
+
+def _settings(config: Any, truth: TruthConfig) -> dict[str, Any]:
+    """What determines the rows and the model, JSON-able."""
+    return {
+        "model": "tiny" if config.model == str(TINY_MODEL) else Path(config.model).name,
+        "data": Path(config.data).name,
+        "sha256": hashlib.sha256(Path(config.data).read_bytes()).hexdigest()[:16],
+        "truth": truth.truth,
+        "templates": [config.prompt_template, config.completion_template],
+        "max_characters": truth.max_characters,
+        "seed": config.first_seed,
+        "validation_rows": config.validation_rows,
+    }
+
+
+@dataclass
+class Kept:
+    """All that is known of one draw of rows, in a file: settings, truth, and the scores by name."""
+
+    path: Path
+    facts: dict[str, Any]
+
+    @classmethod
+    def opened(cls, path: Path, settings: dict[str, Any], judged: Judged) -> Kept:
+        """That of the file, or a new one.
+
+        Raises:
+            DataError: it is of other rows or of another model.
+        """
+        rows = {name: getattr(judged, name).tolist() for name in ("bad", "prompts", "places")}
+        new = {"settings": settings, **rows}
+        if not path.is_file():
+            return cls(path, new | {"scores": {}})
+        facts = json.loads(path.read_text())
+        if {name: facts[name] for name in new} != new:
+            raise DataError(f"{path} holds scores of other rows or of another model: choose another --output_dir.")
+        return cls(path, facts)
+
+    def add(self, name: str, values: np.ndarray, noise: dict[str, Any] | None = None) -> None:
+        """Keeps N scores under this name, in place of those before, with what the method claims of the noise."""
+        made = {"date": date.today().isoformat(), "commit": commit()}
+        made |= {package: version(package) for package in ("torch", "transformers")}
+        self.facts["scores"][name] = {"values": np.asarray(values, dtype=float).tolist(), "noise": noise, "made": made}
+        self.path.write_text(json.dumps(self.facts))
+        print(f"{name}: {auc_of(values, self.facts['bad'], self.facts['prompts'])}", flush=True)
 
 
 def commit() -> str:
@@ -309,8 +322,7 @@ def _made(result: dict[str, Any]) -> str:
     """When and with what the scores were made."""
     made: dict[str, list[str]] = {}
     for name, facts in result["scores"].items():
-        versions = ", ".join(f"{package} {number}" for package, number in facts["versions"].items())
-        made.setdefault(f"{facts['date']}, {versions}", []).append(name)
+        made.setdefault(", ".join(f"{what} {value}" for what, value in facts["made"].items()), []).append(name)
     if len(made) == 1:
         return next(iter(made))
     return "; ".join(f"{when}: {', '.join(names)}" for when, names in made.items())
