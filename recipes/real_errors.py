@@ -338,7 +338,7 @@ def claims(result: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         share += f" ({max(0, noise['share'] - 1.96 * error):.2f} to {min(1, noise['share'] + 1.96 * error):.2f})"
     right = (dropped & bad).sum()
     return [
-        ", ".join(f"{kind} {known['auc']:.2f}" for kind, known in noise["evidence"].items()),
+        ", ".join(f"{kind} {_claimed(known)}" for kind, known in noise["evidence"].items()),
         str(auc_of(values, bad, result["prompts"])),
         share,
         f"{bad.mean():.2f}",
@@ -347,3 +347,8 @@ def claims(result: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         f"{right / bad.sum():.2f}",
         f"{(dropped & ~bad).sum() / (~bad).sum():.2f}",
     ]
+
+
+def _claimed(evidence: dict[str, Any]) -> str:
+    interval = evidence.get("interval")
+    return f"{evidence['auc']:.2f}" if interval is None else str(Interval(evidence["auc"], *interval))

@@ -77,15 +77,16 @@ def test_the_auc_is_scikit_learns_and_its_interval_knows_of_prompts():
     assert found.low < found.value < found.high
     four = real.auc_of(np.repeat(values, 4), np.repeat(bad, 4), np.repeat(np.arange(300), 4))
     assert four.low == pytest.approx(found.low, abs=0.01), "rows of one prompt are no more rows"
-    missing = np.where(bad, np.nan, values)
+    missing = np.where(bad, np.nan, values - 10)
     assert real.auc_of(missing, bad, np.arange(300)).value > 0.8, "no score counts as the lowest"
 
 
 def test_claims_stand_beside_the_truth():
     result = {"bad": [True, True, False, False], "prompts": [0, 1, 2, 3]}
-    noise = {"share": 0.25, "share_error": 0.1, "evidence": {"swapped": {"auc": 0.9}, "truncated": {"auc": 0.8}}}
+    evidence = {"swapped": {"auc": 0.9, "interval": [0.85, 0.95]}, "truncated": {"auc": 0.8, "interval": None}}
+    noise = {"share": 0.25, "share_error": 0.1, "evidence": evidence}
     cells = real.claims(result, {"values": [-1.0, 2.0, 1.0, -2.0], "noise": noise})
-    assert cells[0] == "swapped 0.90, truncated 0.80"
+    assert cells[0] == "swapped 0.90 (0.85 to 0.95), truncated 0.80"
     assert cells[2:] == ["0.25 (0.05 to 0.45)", "0.50", "2", "0.50", "0.50", "0.50"]
     kept = real.claims(result, {"values": [1.0] * 4, "noise": {"share": 0.0, "evidence": {}}})
     assert kept[2:] == ["0.00", "0.50", "0", "-", "0.00", "0.00"]
