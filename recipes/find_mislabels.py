@@ -5,8 +5,7 @@
     python recipes/find_mislabels.py --model PATH --data rows.json --noises swapped deleted inserted \
         --prompt_template '{instruction}\\n{input}\\n' --completion_template '{output}'
     python recipes/find_mislabels.py --model PATH --data rows.jsonl --truth is_bad --output_dir out/a
-    python recipes/find_mislabels.py --model PATH --data rows.jsonl --truth is_bad --output_dir out/a \
-        --methods auto --rivals false
+    python recipes/find_mislabels.py --model PATH --data rows.jsonl --truth is_bad --output_dir out/a --methods auto
     python recipes/find_mislabels.py --tables out/a out/b
 
 Label noise (a text as the prompt, its label as the completion): `symmetric`, any other label; `confusable`, the label
@@ -17,8 +16,8 @@ drawn, which are noisy, which validate. Where a method estimates the share of no
 truth. The noise is put in as text here; what `auto` learns from is made by the package, of tokens, in ways of its own.
 
 `--truth`: no noise is put in; the rows hold errors that people or rules have judged, and one seed (`--first_seed`)
-draws right rows to validate with. Every score is kept in the output folder, so that some can be made again (`--methods
-auto --rivals false`); `--tables` prints those of several folders side by side (`real_errors.py`).
+draws right rows to validate with. Every score is kept in the output folder: a second run makes only the methods again
+that it names. `--tables` prints those of several folders side by side (`real_errors.py`).
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Rows with errors that people or rules have judged: every score beside its rivals, and claims beside the truth.
 
-What `find_mislabels.py --truth COLUMN` does. The truth is seen by nothing but the tables: it draws the validation rows
-(rows judged right, one of each prompt, whose other rows are not scored then) and is compared with the scores.
+What `find_mislabels.py --truth COLUMN` does. The truth draws the validation rows (rows judged right, one of each
+prompt, whose other rows are not scored then) and is compared with the scores. No score sees it but what is called a
+ceiling.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from forvalue_callbacks import TINY_MODEL, Drop, ForValueConfig, ForValueScorer, baselines
 
@@ -121,46 +124,66 @@ def judged_rows(
     )
 
 
-def word_scores(judged: Judged) -> np.ndarray:
-    """Probability of a validation row by a bag of words, (N,): logistic regression, validation against scored rows.
+def bag_of_words() -> Any:
+    return make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True),
+        LogisticRegression(C=10, class_weight="balanced", max_iter=1000),
+    )
 
-    Cross-fitted by prompts, so that no row is known by its siblings.
-    """
+
+def probability(model: Any, x: Any, is_right: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Of the class 1, out of fold, (N,). Folds keep a prompt's rows together: none is known by its siblings."""
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    return cross_val_predict(model, x, is_right, groups=prompts, cv=folds, method="predict_proba")[:, 1]
+
+
+def word_scores(judged: Judged) -> np.ndarray:
+    """How much a row is of the validation rows' kind, by a bag of words: logistic regression, against scored rows."""
     sides = judged.train, judged.validation
     texts = [row["prompt"] + row["completion"] for side in sides for row in side]
     is_validation = np.repeat([0, 1], [len(side) for side in sides])
     own = -1 - np.arange(len(judged.validation))  # each has a prompt of its own
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True),
-        LogisticRegression(C=10, class_weight="balanced", max_iter=1000),
-    )
-    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    groups = np.concatenate([judged.prompts, own])
-    return cross_val_predict(model, texts, is_validation, groups=groups, cv=folds, method="predict_proba")[
-        : len(judged.bad), 1
-    ]
+    prompts = np.concatenate([judged.prompts, own])
+    return probability(bag_of_words(), texts, is_validation, prompts)[: len(judged.bad)]
+
+
+def said(row: dict[str, str]) -> float:
+    """Share of the prompt's different words that the answer has."""
+    prompt, answer = (set(re.findall(r"\w+", row[side].lower())) for side in ("prompt", "completion"))
+    return len(prompt & answer) / max(1, len(prompt))
 
 
 def rivals(model: Any, prepare: Callable, judged: Judged, seed: int) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Name and how to get the scores, (N,) each, higher is better."""
+    """Name and how to get the scores, (N,) each, higher is better. Those named ceilings are fitted on the truth."""
     tokens, known = (
         [{"input_ids": r.input_ids.tolist(), "labels": r.labels.tolist()} for r in map(prepare, side)]
         for side in (judged.train, judged.validation)
     )
     texts, known_texts = ([r["prompt"] + r["completion"] for r in s] for s in (judged.train, judged.validation))
     n = len(tokens)
+
+    def ceiling(classifier: Any, x: Any) -> np.ndarray:
+        return probability(classifier, x, ~judged.bad, judged.prompts)
+
+    def state_probe() -> np.ndarray:
+        cosines_NM = baselines.emb(model, tokens, known, cosine=True).numpy()
+        return ceiling(make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000)), cosines_NM)
+
     yield "random", lambda: baselines.random_scores(n, 1, seed=seed)[:, 0].numpy()
     yield "length (shorter first)", lambda: -np.array([sum(x >= 0 for x in row["labels"]) for row in tokens])
+    yield "share of the prompt's words in the answer", lambda: np.array([said(row) for row in judged.train])
     yield "TF-IDF, mean cosine", lambda: baselines.tfidf(texts, known_texts).mean(1).numpy()
     yield "bag of words, validation against scored rows", lambda: word_scores(judged)
     yield "mean log-likelihood", lambda: baselines.loss(model, tokens).numpy()
     yield "mutual information", lambda: baselines.pmi(model, tokens).numpy()
     yield "IFD", lambda: baselines.ifd(model, tokens).numpy()
     yield "RDS+, mean cosine", lambda: baselines.rds_plus(model, tokens, known).mean(1).numpy()
+    yield "ceiling: bag of words on the truth", lambda: ceiling(bag_of_words(), texts)
+    yield "ceiling: probe on the truth, cosines of answers' states with those of validation rows", state_probe
 
 
 def find_errors(config: Any, truth: TruthConfig, model: Any, tokenizer: Any) -> list[str]:
-    """Scores the rows with all methods and rivals asked for, beside what the output folder holds already.
+    """Scores the rows with the methods asked for, and with the rivals that the output folder does not hold already.
 
     Args:
         config: that of `find_mislabels.py`.
@@ -184,7 +207,8 @@ def find_errors(config: Any, truth: TruthConfig, model: Any, tokenizer: Any) -> 
     kept = Kept.opened(Path(config.output_dir) / RESULTS, _settings(config, truth), judged)
     if config.rivals:
         for name, score in rivals(model, prepare, judged, config.first_seed):
-            kept.add(name, score())
+            if name not in kept.facts["scores"]:
+                kept.add(name, score())
     for method in config.methods:
         try:
             scores = ForValueScorer(model, judged.validation, ForValueConfig(method), **common).score(judged.train)

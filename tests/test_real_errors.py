@@ -4,11 +4,14 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from forvalue_callbacks import TINY_MODEL, ForValueScorer
 from helpers.recipes import RECIPES, load
 
 real = load("real_errors")
@@ -92,6 +95,27 @@ def test_claims_stand_beside_the_truth():
     assert kept[2:] == ["0.00", "0.50", "0", "-", "0.00", "0.00"]
 
 
+def test_no_row_is_known_by_the_others_of_its_prompt():
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(60), 4)
+    is_right = np.repeat(rng.integers(2, size=60), 4)
+    texts = [f"prompt{k} word{rng.integers(50)}" for k in prompts]
+    found = real.probability(real.bag_of_words(), texts, is_right, prompts)
+    assert 0.25 < roc_auc_score(is_right, found) < 0.75
+
+
+def test_no_rival_but_the_ceilings_sees_the_truth(file):
+    model, tokenizer = (c.from_pretrained(TINY_MODEL) for c in (AutoModelForCausalLM, AutoTokenizer))
+    judged = real.judged_rows(str(file), "is_bad", TEMPLATES, 60, 40, seed=0)
+    prepare = ForValueScorer(model, judged.validation, processing_class=tokenizer, progress=False).run.reader.prepare
+    turned = replace(judged, bad=~judged.bad)
+    both = zip(*(real.rivals(model, prepare, rows, 0) for rows in (judged, turned)), strict=True)
+    changed = [name for (name, score), (_, other) in both if not np.array_equal(score(), other())]
+    assert len(changed) == 2
+    assert all(name.startswith("ceiling: ") for name in changed)
+    assert real.said({"prompt": "Say red 3", "completion": "red, not 3."}) == pytest.approx(2 / 3)
+
+
 def test_some_scores_are_made_again_and_the_others_stay(file, tmp_path, monkeypatch, capsys):
     def recipe(*arguments):
         monkeypatch.setattr(sys, "argv", ["find_mislabels.py", *arguments])
@@ -103,7 +127,7 @@ def test_some_scores_are_made_again_and_the_others_stay(file, tmp_path, monkeypa
     common += [TEMPLATES[1], "--train_rows", "80", "--validation_rows", "50", "--output_dir", str(tmp_path / "out")]
     out = recipe(*common, "--methods", "gradient", "label_model", "auto")
     aucs = dict(re.findall(r"\| ([^|]+) \| (\d\.\d\d) \(", out.split("claims")[0]))
-    assert len(aucs) == 8 + 2, "rivals, and the methods that do not refuse"
+    assert len(aucs) == 11 + 2, "rivals, and the methods that do not refuse"
     assert "label_model refuses" in out
     assert float(aucs["auto"]) > 0.6
     assert len([line for line in out.splitlines() if line.startswith("| tiny, 80 rows, auto | swapped")]) == 1
@@ -112,7 +136,7 @@ def test_some_scores_are_made_again_and_the_others_stay(file, tmp_path, monkeypa
     before = json.loads(path.read_text())
     before["scores"]["gradient"]["values"][0], before["scores"]["random"]["values"][0] = 1e6, 7.0
     path.write_text(json.dumps(before))
-    recipe(*common, "--methods", "gradient", "--rivals", "false")
+    recipe(*common, "--methods", "gradient")
     after = json.loads(path.read_text())
     assert after["scores"]["gradient"]["values"][0] != 1e6
     assert after["scores"].keys() == before["scores"].keys()
