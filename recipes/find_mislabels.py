@@ -45,7 +45,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, baselines
-from forvalue_callbacks.methods.label_model import LabelModel
+from forvalue_callbacks.methods.label_model import LAST, LabelModel
 from forvalue_callbacks.model.backbone import left_as_found
 from forvalue_callbacks.tiny import instructions
 
@@ -170,9 +170,9 @@ def states(scorer: ForValueScorer, rows: Dataset) -> np.ndarray:
     """[state that predicts the answer's first token | mean state of the prompt], (rows, 2 d): what the probes see."""
     method = LabelModel()
     with left_as_found(scorer.backbone.model):
-        score = partial(method.score, {}, scorer.backbone.head())
+        score = partial(method.score, {"tokenizer": None}, scorer.backbone.head())
         windows = list(scorer.run.windows(rows, method, score, "states"))
-    return np.concatenate([window.columns["features"] for window in windows])
+    return np.concatenate([window.columns[LAST] for window in windows])
 
 
 def probe() -> Any:
