@@ -334,7 +334,11 @@ def tables(found: list[dict[str, Any]]) -> list[str]:
     for result in found:
         for name, facts in result["scores"].items():
             if facts["noise"] is not None:
-                lines.append(f"| {_name(result)}, {name} | " + " | ".join(claims(result, facts)) + " |")
+                lines.append(
+                    f"| {_name(result)}, {name} at {facts['made']['commit']} | "
+                    + " | ".join(claims(result, facts))
+                    + " |"
+                )
     return lines
 
 
@@ -343,13 +347,12 @@ def _name(result: dict[str, Any]) -> str:
 
 
 def _made(result: dict[str, Any]) -> str:
-    """When and with what the scores were made."""
-    made: dict[str, list[str]] = {}
-    for name, facts in result["scores"].items():
-        made.setdefault(", ".join(f"{what} {value}" for what, value in facts["made"].items()), []).append(name)
-    if len(made) == 1:
-        return next(iter(made))
-    return "; ".join(f"{when}: {', '.join(names)}" for when, names in made.items())
+    """When and with what the scores were made, each value once."""
+    values: dict[str, dict[str, None]] = {}
+    for facts in result["scores"].values():
+        for what, value in facts["made"].items():
+            values.setdefault(what, {})[value] = None
+    return ", ".join(f"{what} {' and '.join(found)}" for what, found in values.items())
 
 
 def claims(result: dict[str, Any], facts: dict[str, Any]) -> list[str]:

@@ -124,13 +124,13 @@ def test_some_scores_are_made_again_and_the_others_stay(file, tmp_path, monkeypa
 
     monkeypatch.syspath_prepend(str(RECIPES))
     common = ["--data", str(file), "--truth", "is_bad", "--prompt_template", TEMPLATES[0], "--completion_template"]
-    common += [TEMPLATES[1], "--train_rows", "80", "--validation_rows", "50", "--output_dir", str(tmp_path / "out")]
+    common += [TEMPLATES[1], "--train_rows", "60", "--validation_rows", "40", "--output_dir", str(tmp_path / "out")]
     out = recipe(*common, "--methods", "gradient", "label_model", "auto")
     aucs = dict(re.findall(r"\| ([^|]+) \| (\d\.\d\d) \(", out.split("claims")[0]))
     assert len(aucs) == 11 + 2, "rivals, and the methods that do not refuse"
     assert "label_model refuses" in out
     assert float(aucs["auto"]) > 0.6
-    assert len([line for line in out.splitlines() if line.startswith("| tiny, 80 rows, auto | swapped")]) == 1
+    assert len([line for line in out.splitlines() if line.startswith("| tiny, 60 rows, auto at ")]) == 1
 
     path = tmp_path / "out" / "real_errors.json"
     before = json.loads(path.read_text())
@@ -145,5 +145,6 @@ def test_some_scores_are_made_again_and_the_others_stay(file, tmp_path, monkeypa
     with pytest.raises(ValueError, match="other rows or of another model"):
         recipe(*common, "--first_seed", "1")
     both = recipe("--tables", str(tmp_path / "out"), str(tmp_path / "out"))
-    assert "| AUC (95 %) | tiny, 80 rows | tiny, 80 rows |" in both
-    assert both.count("\n- tiny: 80 rows of rows.jsonl") + both.startswith("- tiny") == 2
+    assert "| AUC (95 %) | tiny, 60 rows | tiny, 60 rows |" in both
+    assert len(re.findall(r"validation rows, seed 0, all lengths; date \d{4}-\d\d-\d\d, commit \S+, torch", both)) == 2
+    assert both.count("\n- tiny: 60 rows of rows.jsonl") + both.startswith("- tiny") == 2
