@@ -4,6 +4,9 @@
     python recipes/find_mislabels.py --model PATH --data train.csv --text_column text --label_column category
     python recipes/find_mislabels.py --model PATH --data rows.json --noises swapped deleted inserted \
         --prompt_template '{instruction}\\n{input}\\n' --completion_template '{output}'
+    python recipes/find_mislabels.py --model PATH --data rows.jsonl --truth is_bad --output_dir out/a
+    python recipes/find_mislabels.py --model PATH --data rows.jsonl --truth is_bad --output_dir out/a --methods auto
+    python recipes/find_mislabels.py --tables out/a out/b
 
 Label noise (a text as the prompt, its label as the completion): `symmetric`, any other label; `confusable`, the label
 that a probe on the validation rows takes it for most often. Free-form noise: `swapped` answers, words `deleted` or
@@ -11,11 +14,16 @@ that a probe on the validation rows takes it for most often. Free-form noise: `s
 label with both kinds, weighted by their number); 0.5 is chance. Mean and standard deviation over seeds: which rows are
 drawn, which are noisy, which validate. Where a method estimates the share of noise, that is reported beside the
 truth. The noise is put in as text here; what `auto` learns from is made by the package, of tokens, in ways of its own.
+
+`--truth`: no noise is put in; the rows hold errors that people or rules have judged, and one seed (`--first_seed`)
+draws right rows to validate with. Every score is kept in the output folder: a second run makes only the methods again
+that it names. `--tables` prints those of several folders side by side (`real_errors.py`).
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +36,7 @@ import torch
 from data import DataConfig, change_words, load_rows, swap_answers
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
+from real_errors import RESULTS, TruthConfig, find_errors, tables
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import confusion_matrix, roc_auc_score
 from sklearn.model_selection import cross_val_predict
@@ -36,7 +45,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from forvalue_callbacks import TINY_MODEL, ForValueConfig, ForValueScorer, baselines
-from forvalue_callbacks.methods.label_model import LabelModel
+from forvalue_callbacks.methods.label_model import LAST, LabelModel
 from forvalue_callbacks.model.backbone import left_as_found
 from forvalue_callbacks.tiny import instructions
 
@@ -161,9 +170,9 @@ def states(scorer: ForValueScorer, rows: Dataset) -> np.ndarray:
     """[state that predicts the answer's first token | mean state of the prompt], (rows, 2 d): what the probes see."""
     method = LabelModel()
     with left_as_found(scorer.backbone.model):
-        score = partial(method.score, {}, scorer.backbone.head())
+        score = partial(method.score, {"tokenizer": None}, scorer.backbone.head())
         windows = list(scorer.run.windows(rows, method, score, "states"))
-    return np.concatenate([window.columns["features"] for window in windows])
+    return np.concatenate([window.columns[LAST] for window in windows])
 
 
 def probe() -> Any:
@@ -307,12 +316,18 @@ def picture(results: list[Result], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def main(config: MislabelConfig) -> list[Result]:
+def main(config: MislabelConfig, truth: TruthConfig) -> None:
     warnings.simplefilter("ignore")  # scikit-learn's, on defaults that will change
+    if truth.tables:
+        print("\n".join(tables([json.loads((Path(folder) / RESULTS).read_text()) for folder in truth.tables])))
+        return
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
+    if truth.truth is not None:
+        print("\n".join(find_errors(config, truth, model, tokenizer)))
+        return
     results: list[Result] = []
     for seed in range(config.first_seed, config.first_seed + config.seeds):
         for result in scored(config, model, tokenizer, seed):
@@ -325,8 +340,7 @@ def main(config: MislabelConfig) -> list[Result]:
         (out / "table.md").write_text("\n".join(table(results)) + "\n")
         picture(results, out / "auc.png")
     print("\n".join(table(results)) + f"\n\nPicture: {out / 'auc.png'}")
-    return results
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(MislabelConfig).parse_args_into_dataclasses())
+    main(*HfArgumentParser((MislabelConfig, TruthConfig)).parse_args_into_dataclasses())

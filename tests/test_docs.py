@@ -35,7 +35,8 @@ RECIPES = {
 # Run by tests of their own.
 ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm"}
 # Modules that recipes share, not scripts.
-SHARED = {"data", "files", "sft", "influence_comparison", "influence_report", "influence_tasks", "shapes", "vlm_tasks"}
+SHARED = {"data", "files", "sft", "influence_comparison", "influence_report", "influence_tasks", "real_errors"}
+SHARED |= {"shapes", "vlm_tasks"}
 
 
 def test_every_recipe_is_known_here():
