@@ -365,7 +365,7 @@ def claims(result: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         share += f" ({max(0, noise['share'] - 1.96 * error):.2f} to {min(1, noise['share'] + 1.96 * error):.2f})"
     right = (dropped & bad).sum()
     return [
-        ", ".join(f"{kind} {_claimed(known)}" for kind, known in noise["evidence"].items()),
+        _claimed(noise["evidence"]),
         str(auc_of(values, bad, result["prompts"])),
         share,
         f"{bad.mean():.2f}",
@@ -376,6 +376,12 @@ def claims(result: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _claimed(evidence: dict[str, Any]) -> str:
-    interval = evidence.get("interval")
-    return f"{evidence['auc']:.2f}" if interval is None else str(Interval(evidence["auc"], *interval))
+def _claimed(evidence: dict[str, dict[str, Any]]) -> str:
+    """The AUCs of the kinds of noise, from the worst to the best."""
+    found = []
+    for kind, known in sorted(evidence.items(), key=lambda item: item[1]["auc"]):
+        interval = known.get("interval")
+        found.append(
+            f"{kind} " + (f"{known['auc']:.2f}" if interval is None else str(Interval(known["auc"], *interval)))
+        )
+    return found[0] if len(found) == 1 else f"{len(found)} kinds: {' to '.join(found[:1] + found[-1:]) or '-'}"

@@ -87,9 +87,10 @@ def test_the_auc_is_scikit_learns_and_its_interval_knows_of_prompts():
 def test_claims_stand_beside_the_truth():
     result = {"bad": [True, True, False, False], "prompts": [0, 1, 2, 3]}
     evidence = {"swapped": {"auc": 0.9, "interval": [0.85, 0.95]}, "truncated": {"auc": 0.8, "interval": None}}
+    evidence["refusal"] = {"auc": 0.85}
     noise = {"share": 0.25, "share_error": 0.1, "evidence": evidence}
     cells = real.claims(result, {"values": [-1.0, 2.0, 1.0, -2.0], "noise": noise})
-    assert cells[0] == "swapped 0.90 (0.85 to 0.95), truncated 0.80"
+    assert cells[0] == "3 kinds: truncated 0.80 to swapped 0.90 (0.85 to 0.95)"
     assert cells[2:] == ["0.25 (0.05 to 0.45)", "0.50", "2", "0.50", "0.50", "0.50"]
     kept = real.claims(result, {"values": [1.0] * 4, "noise": {"share": 0.0, "evidence": {}}})
     assert kept[2:] == ["0.00", "0.50", "0", "-", "0.00", "0.00"]
