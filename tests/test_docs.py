@@ -121,8 +121,8 @@ def test_the_readmes_python_runs_as_it_stands(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     seen = done.stdout + done.stderr
     for said in (
-        "scoring 100 rows by 100 validation rows: 2 passes",
-        "evidence    on your 100",
+        "scoring 300 rows by 300 validation rows: 2 passes",
+        "evidence    on your 300",
         "policy      drop:auto",
     ):
         assert said in seen, said
