@@ -1,4 +1,4 @@
-"""How many rows each cut would drop, of all and of each group: counts in place of rows, however many rows there are."""
+"""How many rows each cut would drop, of all and of each group: counts, however many rows there are."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def write_report(
             **_facts(scores, weights, run or {}),
             **_data(scores, weights, groups),
             rows=rows,
-            lists={name: title for name, title in LISTS.items() if any(row.list == name for row in rows)},
+            lists={name: title for name, title in LISTS.items() if any(row.place == name for row in rows)},
             group=next(iter(groups), None),
             suspects=_suspects(scores, validation, processing_class),
             warnings=[visible(warning) for warning in warnings],
@@ -228,3 +228,14 @@ def _groups_of_rows(
         if by_answer:
             answers.append(shown(row, processing_class).answer.strip())
     return {**({ANSWER: answers} if by_answer else {}), **out}
+
+
+# ---- in a notebook ----
+
+
+def in_notebook(scores: ForValueScores) -> str:
+    """What a cell shows that ends with scores: what is known of them, and their histogram; no script."""
+    counts = cuts_of(scores.values, None, scores.noise is not None) if np.isfinite(scores.values).any() else None
+    bars = [] if counts is None else counts.counted(scores.values)[1:-1]
+    words = _words(scores.summary().splitlines())
+    return _environment().get_template("notebook.html.jinja").render(words=words, bars=bars, cuts=counts)

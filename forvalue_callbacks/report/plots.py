@@ -12,7 +12,6 @@ from markupsafe import Markup
 
 from ..scores.scores import ForValueScores
 
-
 # Colours that the page's theme takes the place of: matplotlib writes them into style attributes.
 INK, LINE, MIDDLE = "#010203", "#010204", "#010205"
 THEMED = {INK: "var(--muted)", LINE: "var(--line)", MIDDLE: "var(--kept)"}
@@ -82,7 +81,12 @@ def score_by_length(scores: ForValueScores) -> Markup | None:
     some = [k for k in range(len(edges) - 1) if (places == k).any()]
     at = np.array([np.median(lengths[places == k]) for k in some])
     low, middle, high = np.array([np.quantile(values[places == k], [0.1, 0.5, 0.9]) for k in some]).T
-    style = {"svg.fonttype": "none", "svg.hashsalt": "forvalue", "font.family": "sans-serif", "font.size": 10}
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "forvalue",
+        "font.family": "sans-serif",
+        "font.size": 10,
+    }
     with matplotlib.rc_context(style):
         axes = (figure := Figure(figsize=(7.6, 2.7), layout="constrained")).subplots()
         axes.fill_between(at, low, high, color=MIDDLE, alpha=0.16, linewidth=0)

@@ -58,7 +58,7 @@ class ShownRow:
     """One row as the page shows it; texts are `visible`."""
 
     row: int
-    list: str
+    place: str  # of `LISTS`
     score: float
     n_labelled: int
     text: Shown | None

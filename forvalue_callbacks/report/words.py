@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # Of methods that estimate no noise.
 NO_EVIDENCE = (
-    "None: scores of this method order rows, and say of none that it is wrong. Nothing here shows that the dropped rows "
-    "are worse than the kept ones."
+    "None: scores of this method order rows, and say of none that it is wrong. Nothing here shows that the dropped "
+    "rows are worse than the kept ones."
 )
 
 

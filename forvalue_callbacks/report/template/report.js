@@ -29,6 +29,8 @@ get("theme").addEventListener("click", () => {
   try { localStorage.forvalueTheme = theme; } catch { /* none kept */ }
 });
 
+const written = (x) => (Math.abs(x) < 1e-9 ? "0" : x.toPrecision(3)).replace("-", "\u2212");
+
 // A cut drops what is counted before its edge: at 0 nothing, at k the first k counts.
 const edges = data.edges, bins = edges.length - 1, total = data.counts.reduce((a, b) => a + b, 0);
 const dropped = (counts, cut) => counts.slice(0, cut).reduce((a, b) => a + b, 0);
@@ -94,7 +96,7 @@ function count() {
   const cut = Number(slider.value), gone = dropped(data.counts, cut);
   get("says").textContent = `A cut here drops ${number.format(gone)} of ${number.format(total)} rows (${percent(gone, total)})`;
   get("where").textContent = cut === 0 ? "Nothing is dropped." :
-    `Rows that score less than ${edges[cut - 1].toPrecision(4).replace("-", "\u2212")} go, ${number.format(total - gone)} stay.`;
+    `Rows that score less than ${written(edges[cut - 1])} go, ${number.format(total - gone)} stay.`;
   get("line").hidden = cut === 0;
   get("line").style.left = `${(100 * (cut - 1)) / bins}%`;
   for (const some of [all, level]) some.forEach((bar, i) => bar.setAttribute("class", `${bar.dataset.level}${i + 1 < cut ? " gone" : ""}`));
@@ -156,7 +158,7 @@ if (rows.length) {
       option.value = `=${value}`;
       filters[name].append(option);
     }
-    filters[name].hidden = filters[name].options.length < 3;
+    filters[name].hidden = filters[name].options.length < 2;
   }
   for (const node of [get("search"), ...Object.values(filters)]) node?.addEventListener("input", filter);
   filter();
