@@ -51,8 +51,8 @@ def _sides(row: Mapping[str, Any], processing_class: Any) -> tuple[str, str]:
     if (chat := next((row[name] for name in CHATS if _is_chat(row.get(name))), None)) is not None:
         return _sides_of_chat(chat, row.get("system"))
     if row.get("instruction") is not None and row.get("output") is not None:
-        given = (row.get("system"), row["instruction"], row.get("input"))
-        return "\n".join(filter(None, map(_text, given))), _text(row["output"])
+        parts = (row.get("system"), row["instruction"], row.get("input"))
+        return "\n".join(filter(None, map(_text, parts))), _text(row["output"])
     texts = {name: value for name, value in row.items() if name not in UNREAD and value is not None}
     if row.get("input_ids") is not None and not any(isinstance(value, str) for value in texts.values()):
         return _sides_of_tokens(row, processing_class)

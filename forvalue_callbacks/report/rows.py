@@ -87,8 +87,7 @@ class Texts:
         self._found: dict[int, Shown] = {}
         for place, example in zip(places, examples, strict=bool(examples)):
             one = shown(example, processing_class)
-            texts = (visible(side, longest) for side in (one.prompt, one.answer))
-            self._found[place] = Shown(*texts, one.images)
+            self._found[place] = Shown(visible(one.prompt, longest), visible(one.answer, longest), one.images)
 
     def __getitem__(self, row: int) -> Shown | None:
         return self._found.get(row)
