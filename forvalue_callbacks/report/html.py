@@ -117,8 +117,7 @@ def _percent(share: float) -> str:
 
 def _facts(scores: ForValueScores, weights: np.ndarray | None, run: Mapping[str, Any]) -> dict[str, Any]:
     """What was scored with what, and the evidence."""
-    config, noise = scores.metadata.get("config", {}), scores.noise
-    scored = int(np.isfinite(scores.values).sum())
+    config, noise, scored = scores.metadata.get("config", {}), scores.noise, np.isfinite(scores.values)
     made: dict[str, Any] = {name: run.get(name) for name in ("data", "validation", "model", "policy")}
     made |= {"method": config.get("method"), "rows": f"{len(scores):,}"}
     if noise is not None:
@@ -130,8 +129,8 @@ def _facts(scores: ForValueScores, weights: np.ndarray | None, run: Mapping[str,
     settings = {"config": config, "row_config": scores.metadata.get("row_config", {})}
     return {
         "n": len(scores),
-        "scored": scored,
-        "dropped": None if weights is None else int((np.asarray(weights) == 0).sum()),
+        "scored": int(scored.sum()),
+        "dropped": None if weights is None else int((np.asarray(weights)[scored] == 0).sum()),
         "noise": noise,
         "words": _words(about_noise(noise)) if noise is not None else [("evidence", NO_EVIDENCE)],
         "reasons": [(count, visible(text)) for count, text in grouped_reasons(scores.reasons)],

@@ -100,6 +100,9 @@ def score_by_length(scores: ForValueScores) -> Markup | None:
             side.set_visible(False)
         if at[-1] > 20 * max(1.0, at[0]):
             axes.set_xscale("log")
+            axes.minorticks_off()
+            round_ones = [digit * 10**k for k in range(8) for digit in (1, 2, 5)]
+            axes.set_xticks(ticks := [x for x in round_ones if at[0] <= x <= at[-1]], [f"{x:,}" for x in ticks])
         figure.savefig(out := io.StringIO(), format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -137,7 +137,7 @@ def shown_rows(
                 other = texts[suggested[row]]
                 one.suggested_row = suggested[row]
                 one.suggested_probability = float(said.suggested_probability[row])
-                one.suggested = None if other is None else other.answer.strip()
+                one.suggested = None if other is None else visible(other.answer.strip(), LONGEST_BESIDE)
         one.group = None if groups is None else visible(groups[row], 80)
         if row in known:
             _explain(one, known[row], beside, strongest)
