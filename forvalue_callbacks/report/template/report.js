@@ -160,6 +160,7 @@ if (rows.length) {
     }
     filters[name].hidden = filters[name].options.length < 2;
   }
-  for (const node of [get("search"), ...Object.values(filters)]) node?.addEventListener("input", filter);
+  get("search").addEventListener("input", filter);
+  for (const node of Object.values(filters)) node?.addEventListener("change", filter);
   filter();
 }
