@@ -109,7 +109,7 @@ def _environment() -> Environment:
 
 def _percent(share: float) -> str:
     """One digit behind the point where it says something."""
-    return f"{share:.1%}" if 0 < share < 0.0995 else f"{share:.0%}"
+    return f"{100 * share:.{int(0 < share < 0.0995)}f} %"
 
 
 # ---- what is said of all rows ----
