@@ -234,6 +234,24 @@ def test_a_hundred_thousand_rows_make_a_small_page(tmp_path):
     assert page.index('id="row-50"') < page.index(f'id="row-{scores.worst(1)[0]["row"]}"'), "explained rows are first"
 
 
+def test_the_page_stays_small_however_many_rows_are_explained(tmp_path):
+    n = 3000
+    rows = [{"prompt": "<&" * 2000, "completion": f" answer {row}"} for row in range(n)]
+    page = page_of(tmp_path, judged_scores(n), rows, explanations=[explanation(row) for row in range(2, n)])
+    assert 100 < page.count('class="row"') < n
+    assert len(page.encode()) < 5_000_000
+
+
+def test_a_data_set_that_makes_its_rows_when_read_is_left_as_it_is(tmp_path):
+    def made(batch):
+        assert set(batch) == {"image", "prompt", "completion", "source"}
+        return {name: batch[name] for name in ("prompt", "completion", "source")}
+
+    rows = Dataset.from_list([{**row, "image": "a file"} for row in prompts(N)]).with_transform(made)
+    page = page_of(tmp_path, judged_scores(N), rows)
+    assert data_of(page)["tables"][0]["name"] == "source"
+
+
 # ---- rows in any form ----
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -316,6 +334,7 @@ def test_a_data_set_and_a_frame_hold_what_the_file_holds(tmp_path):
     scores = judged_scores(N)
     scores.save(tmp_path / "s.parquet")
     frame = scores.to_pandas()
+    assert {"row", "score", "reason", "n_labelled", "kind", "why", "suggested_row"} <= set(frame)
     assert frame.equals(Dataset.from_parquet(str(tmp_path / "s.parquet"), cache_dir=tmp_path).to_pandas())
     assert scores.to_dataset().to_pandas().equals(frame)
     assert np.array_equal(frame["score"].to_numpy(), scores.values, equal_nan=True)

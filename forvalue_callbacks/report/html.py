@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -210,7 +211,7 @@ def _groups(
 def _groups_of_rows(
     dataset: Any, columns: Sequence[str] | None, by_answer: bool, processing_class: Any
 ) -> dict[str, Sequence[str]]:
-    if hasattr(dataset, "remove_columns"):  # nobody opens images to count
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # nobody opens images to count
         dataset = dataset.remove_columns([name for name in dataset.column_names if name in IMAGES])
     first = next(iter(examples_of(dataset)))
     there = set(first) if isinstance(first, Mapping) else set()
