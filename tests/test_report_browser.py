@@ -241,7 +241,12 @@ def test_what_a_hostile_row_holds_is_text(shows):
 
 
 def test_a_narrow_window_does_not_scroll_sideways(shows):
-    page = shows(judged_scores(N), prompts(N), explanations=[explanation(4)])
+    scores, word = judged_scores(N), "letters" * 60
+    evidence = scores.metadata["noise"]["evidence"]
+    evidence[word] = evidence["truncated"]
+    rows = [{"prompt": word, "completion": word, "source": f"{word} {row % 2}"} for row in range(N)]
+    page = shows(scores, rows, validation=rows, explanations=[explanation(4)], run={"data": word}, warnings=[word])
+    page.execute_script("for (const node of document.querySelectorAll('details')) node.open = true")
     size = {"width": 380, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
