@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "validation": BELOW_THE_SCORER | {"config"},
     "scorer": BELOW_THE_SCORER | {"config", "validation"},
     "probe": BELOW_THE_SCORER | {"scorer"},
-    "report": {"scores", "policies", "core", "progress"},
+    "report": {"scores", "policies", "core", "progress", "data"},
     "trainer": BELOW_THE_WAYS_IN,
     "transform": BELOW_THE_WAYS_IN,
     "cli": BELOW_THE_WAYS_IN | {"__init__", "tiny", "trainer"},
@@ -48,6 +48,8 @@ EXCEPTIONS: dict[str, str] = {
     "scores/scores -> report/words": "the words for scores are made there; reading a file of scores needs no torch",
     "scores/__init__ -> core/stats": "forvalue_callbacks.scores.auc, for those who know which rows are noisy",
     "scores/scores -> report/plots": "drawn there; matplotlib is an extra",
+    "scores/scores -> report/html": "made there",
+    "scores/scores -> report/worst": "made there",
 }
 # Folders and modules after data/, where a position is one that predicts something: no mask, no shift.
 AFTER_DATA = ("model", "methods", "validation", "scorer", "probe", "trainer", "transform")

@@ -319,13 +319,19 @@ def _with_tokens_of(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[st
     return new
 
 
-def _last_labelled(row: Mapping[str, Any]) -> tuple[int, int]:
-    labelled = np.ones(len(row["input_ids"]), dtype=bool)
+def labelled(row: Mapping[str, Any]) -> np.ndarray:
+    """Which tokens of a row of token ids are learnt, by its masks: (T,) bool."""
+    found = np.ones(len(row["input_ids"]), dtype=bool)
     for name, ignored in MASKS.items():
         if row.get(name) is not None:
-            labelled &= np.asarray(row[name]) != ignored
-    places = np.flatnonzero(labelled)
+            found &= np.asarray(row[name]) != ignored
+    return found
+
+
+def _last_labelled(row: Mapping[str, Any]) -> tuple[int, int]:
+    known = labelled(row)
+    places = np.flatnonzero(known)
     if not len(places):
         raise ValueError("a row without labelled tokens has no answer that could be replaced.")
     end = int(places[-1]) + 1
-    return int(np.flatnonzero(~labelled[:end])[-1] + 1 if not labelled[:end].all() else 0), end
+    return int(np.flatnonzero(~known[:end])[-1] + 1 if not known[:end].all() else 0), end

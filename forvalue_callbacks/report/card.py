@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCardData, HfApi
 
 from ..scores.noise import NoiseEstimate
 from ..scores.scores import ForValueScores, grouped_reasons
-from .words import about_noise
+from .words import NO_EVIDENCE, about_noise
 
 CARD = "README.md"
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
@@ -99,10 +99,7 @@ def _counts(scores: ForValueScores) -> str:
 
 def _evidence(noise: NoiseEstimate | None) -> str:
     if noise is None:
-        return (
-            "None: scores of this method order rows, and say of none that it is wrong. Nothing here shows that the "
-            "dropped rows are worse than the kept ones."
-        )
+        return NO_EVIDENCE
     rows = [("kind of error put in", "AUC (95 % interval)")]
     for kind, found in noise.evidence.items():
         interval = "" if found.interval is None else " ({:.2f} to {:.2f})".format(*found.interval)

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from ..data.duplicates import Duplicates
     from ..probe import Estimate
 
+# Of methods that estimate no noise.
+NO_EVIDENCE = (
+    "None: scores of this method order rows, and say of none that it is wrong. Nothing here shows that the dropped "
+    "rows are worse than the kept ones."
+)
+
 
 def summary(scores: ForValueScores) -> str:
     """What is known of the scores, their quantiles, whether length decides, and how many rows have none and why."""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,13 @@ from .parts import Part, printable
 from .provenance import differing
 from .table import read_table, write_table
 from .writer import read_finished
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from ..report.worst import RowTable
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 
@@ -175,6 +182,10 @@ class ForValueScores:
         The file appears whole or not at all. In the Parquet schema are the metadata, as JSON, the number of rows and a
         checksum.
         """
+        write_table(path, self.to_arrow(), json.dumps(self.metadata))
+
+    def to_arrow(self) -> pa.Table:
+        """What `save` writes, without the metadata."""
         columns = {
             "row": pa.array(np.arange(len(self))),
             "score": pa.array(self.values, from_pandas=True),  # NaN becomes null
@@ -186,7 +197,17 @@ class ForValueScores:
             columns["digest"] = pa.array(self.row_digests, type=pa.string())
         if self.judgements is not None:
             columns |= self.judgements.to_arrow()
-        write_table(path, pa.table(columns), json.dumps(self.metadata))
+        return pa.table(columns)
+
+    def to_dataset(self) -> Dataset:
+        """One row a row: row, score, reason, log_likelihood, n_labelled, and what else `save` writes."""
+        from datasets import Dataset
+
+        return Dataset(self.to_arrow())
+
+    def to_pandas(self) -> DataFrame:
+        """The same as a data frame."""
+        return self.to_arrow().to_pandas()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], expected: Mapping[str, Any] | None = None) -> ForValueScores:
@@ -232,15 +253,31 @@ class ForValueScores:
 
         return summary(self)
 
-    def plot(
-        self, path: str | os.PathLike[str], weights: np.ndarray | None = None, noisy: np.ndarray | None = None
-    ) -> None:
-        """Draws the histogram of the scores as a PNG, from their 1st to their 99th percentile.
+    def worst(self, n: int = 20, dataset: Any = None) -> RowTable:
+        """The n rows that score least, the worst first, with what is said of them: shown as a table in a notebook.
 
         Args:
-            path: the PNG file.
+            dataset: the rows that were scored; then their text is there too, and the suggested answer.
+        """
+        from ..report.worst import worst
+
+        return worst(self, n, dataset)
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        weights: np.ndarray | None = None,
+        noisy: np.ndarray | None = None,
+    ) -> Figure:
+        """Draws the histogram of the scores, from their 1st to their 99th percentile.
+
+        Args:
+            path: a PNG file to write to.
             weights: (N,), as a policy gives them: the rows of weight 0 are hatched.
             noisy: (N,) bool, where it is known which rows are noisy: clean and noisy rows are drawn apart.
+
+        Returns:
+            A figure of matplotlib, which a notebook shows.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -248,7 +285,30 @@ class ForValueScores:
         """
         from ..report.plots import histogram
 
-        histogram(self, path, weights, noisy)
+        return histogram(self, path, weights, noisy)
+
+    def report(self, path: str | os.PathLike[str], dataset: Any = None, **beside: Any) -> None:
+        """Writes the report: one HTML file, to look at before any row is dropped.
+
+        Args:
+            path: the file.
+            dataset: the rows that were scored, in their order and in any form; None: no texts are shown.
+            beside: what else there is to show, by name (`report.html.write_report`): `validation`, `explanations`
+                (`ForValueScorer.explain`), `weights` of a policy, `columns` to count by (those that name a source, a
+                task or a label, unless told otherwise), `processing_class` for rows of token ids, `findings` and
+                `warnings`, and `run`, the resolved config.
+
+        Raises:
+            ValueError: another number of rows or weights, a column that is not there, or no row has a score.
+        """
+        from ..report.html import write_report
+
+        write_report(path, self, dataset, **beside)
+
+    def _repr_html_(self) -> str:
+        from ..report.html import in_notebook
+
+        return in_notebook(self)
 
 
 def grouped_reasons(reasons: Iterable[str | None]) -> list[tuple[int, str]]:
