@@ -50,7 +50,7 @@ def test_the_card_says_what_scored_what_and_is_read_as_one():
     assert "- 2 not scored: 600 to 700 tokens" in text
     assert "- 3 are validation rows too" in text
     assert "| swapped | 0.91 (0.86 to 0.95) |" in text
-    assert "estimated share of noisy rows 0.25" in text
+    assert "estimated share of noisy rows among those judged 0.25" in text
     assert f"```bash\n{RUN['command']}\n```" in text
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("\n```")[0])
     assert settings == {**RUN, "version": "9.9", "provenance": {"weights": "w1", "data": "d1"}}
