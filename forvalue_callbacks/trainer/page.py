@@ -9,6 +9,7 @@ import numpy as np
 from transformers import TrainingArguments
 
 from ..data.reasons import place_of
+from ..model.ranks import together
 from ..scorer import ForValueScorer
 from ..scores.explanations import Explanation, tails
 from ..scores.provenance import differing
@@ -32,9 +33,8 @@ def write_report(
     Args:
         weights: those of the policy, (N,).
     """
-    write = getattr(scores, "report", None)
-    if write is None:
-        return
+    with together("preparing to train by scores"):
+        pass  # a rank that has failed before this says so here; what fails below ends nothing
     try:
         explanations = _explanations(scorer, scores, dataset)
     except Exception as error:
@@ -44,7 +44,7 @@ def write_report(
         return
     file, validation = folder_of(args) / REPORT_FILE, scorer.validation.dataset
     try:
-        write(file, dataset, validation=validation, explanations=explanations, weights=weights)
+        scores.report(file, dataset, validation=validation, explanations=explanations, weights=weights)
     except Exception as error:
         logger.warning("%s is not written: %s", file, place_of(error))
 
