@@ -182,6 +182,7 @@ def fit_softmax(
     start_FK: Tensor | None = None,
     iterations: int = SOFTMAX_ITERATIONS,
     intercept_ridge: float = 1e-2,
+    tolerance: float = 1e-5,
 ) -> Tensor:
     """Coefficients B, (F + 1, K), the intercept last, that maximise by L-BFGS::
 
@@ -192,6 +193,7 @@ def fit_softmax(
         targets_NK: >= 0; a row's sum is its weight.
         start_FK: where to start; zeros by default.
         intercept_ridge: of the intercept, so that a class without rows has a finite one.
+        tolerance: of the largest entry of the gradient.
     """
     n_features, n_classes = features_NF.shape[1], targets_NK.shape[1]
     start = features_NF.new_zeros(n_features + 1, n_classes) if start_FK is None else start_FK
@@ -207,7 +209,7 @@ def fit_softmax(
         gradient_FK = torch.cat([features_NF.T @ residual_NK, residual_NK.sum(0, keepdim=True)])
         return float(loss), gradient_FK.add_(penalty * coefficients_FK)
 
-    return minimum(loss_and_gradient, start, iterations, tolerance=1e-2)
+    return minimum(loss_and_gradient, start, iterations, tolerance=tolerance)
 
 
 def by_autograd(loss: Callable[[Tensor], Iterable[Tensor]]) -> Callable[[Tensor], tuple[float, Tensor]]:

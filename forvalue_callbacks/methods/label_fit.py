@@ -44,7 +44,7 @@ from .label_views import EM_RIDGE, RIDGES, Answers, views_of
 FOLDS = 5
 # Of the training rows; more where they are all there is.
 TRAIN_FOLDS, ALONE_FOLDS = 2, 5
-ITERATIONS = 30
+ITERATIONS, TOLERANCE = 30, 1e-2
 # Ways to use the training rows: not at all, with their answers as they are, with those that seem right.
 ALONE, GIVEN, EXPECTED = "validation rows alone", "training rows as they are", "training rows as expected"
 NO_WEIGHTS = Weights(torch.zeros(0), 0.0, 1.0, 0.0)
@@ -341,7 +341,9 @@ def _in_one_view(sides: _Sides, view: int, taught: Tensor) -> list[list[Tensor]]
     def fitted(ridge: float, k: int, j: int, start: Tensor) -> Tensor:
         more = taught & (sides.train_fold != j)
         targets = sides.eye[torch.cat([sides.known[sides.fold != k], sides.observed[more]])]
-        return fit_softmax(z[sides.rows(k, more)], targets, ridge, start_FK=start, iterations=ITERATIONS)
+        return fit_softmax(
+            z[sides.rows(k, more)], targets, ridge, start_FK=start, iterations=ITERATIONS, tolerance=TOLERANCE
+        )
 
     start = z.new_zeros(z.shape[1] + 1, sides.n_answers)
     models = best = [[start for _ in tried] for _ in range(sides.n_chains)]
@@ -374,7 +376,14 @@ def _as_expected(sides: _Sides, chains: _Chains) -> _Chains:
             targets = torch.cat([sides.eye[sides.known[sides.fold != k]], truth[others].float()])
             row.append(
                 [
-                    fit_softmax(view[places], targets, EM_RIDGE[kind], start_FK=start, iterations=ITERATIONS)
+                    fit_softmax(
+                        view[places],
+                        targets,
+                        EM_RIDGE[kind],
+                        start_FK=start,
+                        iterations=ITERATIONS,
+                        tolerance=TOLERANCE,
+                    )
                     for view, kind, start in zip(sides.z, sides.kinds, chains.models[k][j], strict=True)
                 ]
             )
