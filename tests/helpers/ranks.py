@@ -63,7 +63,7 @@ def told(scores):
 def explained(found):
     places = [[place for place, _ in side] for side in (found.supporting, found.opposing)]
     cosines = [[cosine for _, cosine in side] for side in (found.supporting, found.opposing)]
-    return [found.row, found.tokens, list(found.token_scores), found.by, found.nearest_by, places, cosines]
+    return [found.row, list(found.tokens), list(found.token_scores), found.by, found.nearest_by, places, cosines]
 
 
 def raises(error):
