@@ -56,7 +56,11 @@ class ScoringOptions:
     )
     model: str = field(metadata={"help": "Folder or hub id of the causal language model."})
     out: str = field(metadata={"help": "The file to write (of save_to_disk rows: a folder)."})
-    validation: str | None = _flag(None, "Rows that you trust, of the same kind: two or three hundred, 40 at least.")
+    validation: str | None = _flag(
+        None,
+        "Rows that you trust, of the same kind: two or three hundred, 40 at least. None: "
+        "methods auto and label_model find wrong answers where answers repeat.",
+    )
     validation_share: float | None = field(
         default=None,
         metadata={"help": "Take this share of the training rows in place of --validation: only if you trust them."},
@@ -71,10 +75,10 @@ class ScoringOptions:
     )
     learn_prompts: bool = _flag(False, "Score all tokens of a row, not the answer alone.")
     max_length: int | None = _flag(1024, "Rows are cut to this many tokens, as in SFTConfig.")
-    allow_overlap: bool = _flag(False, "Take validation rows that are among the training rows too.")
     dtype: str = _flag("auto", "Of the weights: auto, float32, bfloat16, float16.")
     seed: int = _flag(0, "Of what --validation-share takes.")
     overwrite: bool = _flag(False, "Replace files that are there, scores among them.")
+    dry_run: bool = _flag(False, "Say what it would take (rows, tokens, passes, memory, time), and write nothing.")
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,16 @@ from ..data.files import DataError, Source
 from ..data.formats import answer_of, with_answer_of
 from ..data.sources import KINDS
 from ..policies import Policy, Relabel, parse_policy
-from ..report.words import lines
+from ..report.words import about_duplicates, lines
 from ..scores.files import whole_file
 from ..scores.scores import ForValueScores
 from ..trainer.refusals import refuse_policy
 from .inputs import Inputs, open_rows, open_scorer
 from .look import write_report
 from .options import ScoringOptions, SelectOptions, beside, parse, write_run
-from .scoring import refuse_place, scored
+from .scoring import look_for_duplicates, refuse_place, say_estimate, scored
+from .to_read import refuse_without_trust
+from .writing import write_rows
 
 MORE = """
 Kept and dropped rows are written in the form they came in and in their order: lines of JSONL, records of CSV and
@@ -44,7 +45,7 @@ def select(argv: Sequence[str]) -> None:
 
 
 def run_select(options: ScoringOptions, choice: SelectOptions, config: ForValueConfig) -> tuple[list[int], list[int]]:
-    """Scores, decides and writes; the places of the kept and of the dropped rows.
+    """Scores, decides and writes; the places of the kept and of the dropped rows, none after a dry run.
 
     Raises:
         DataError: what `open_rows` and `scored` refuse, files of another form than the rows, or that somebody else
@@ -57,17 +58,23 @@ def run_select(options: ScoringOptions, choice: SelectOptions, config: ForValueC
     refuse_policy(policy, config.gives_log_odds)
     if policy.reweights:
         raise DataError(f"{policy} weights rows, and files hold a row or do not: use drop, keep or threshold.")
-    inputs = open_rows(options, policy.group_column)
+    inputs = open_rows(options, config.method, policy.group_column)
     dropped = choice.dropped or str(beside(options.out, "dropped"))
     path = Path(choice.scores or beside(options.out, "scores", ".parquet"))
     _refuse_outputs(inputs.source, options, dropped)
     for other in filter(None, (str(path), choice.report)):
         refuse_place(other, options)
+    if options.dry_run:
+        say_estimate(options, config, inputs)
+        return [], []
     scorer = open_scorer(options, config, inputs)
+    refuse_without_trust(scorer, inputs, options)
     run = write_run("select", options.out, options, choice, config)
-    scores, seconds = scored(scorer, inputs, path, options.overwrite)
+    duplicates = look_for_duplicates(scorer, inputs)
+    scores, seconds = scored(scorer, inputs, duplicates, path, options.overwrite)
     weights, others = decide(policy, scores, inputs)
     print(lines(scores, weights, policy, seconds, drawn=False))
+    print("\n".join(about_duplicates(duplicates, set_aside=True)))
 
     kept = np.flatnonzero(weights).tolist()
     gone = sorted(set(range(len(scores))) - set(kept) | set(others))
@@ -96,21 +103,6 @@ def decide(policy: Policy, scores: ForValueScores, inputs: Inputs) -> tuple[np.n
     weights[sorted(inputs.taken)] = 1.0
     weights[sorted(others)] = 1.0
     return weights, others
-
-
-def write_rows(
-    source: Source, path: Path, rows: Sequence[int], changed: Mapping[int, Mapping[str, Any]] | None = None
-) -> None:
-    """Writes some rows as they came, all or nothing."""
-    if source.suffix:
-        with whole_file(path) as file:
-            source.write(file, rows, changed)
-        return
-    new = path.with_name(f".{path.name}.forvalue")
-    shutil.rmtree(new, ignore_errors=True)
-    source.write(new, rows, changed)
-    shutil.rmtree(path, ignore_errors=True)
-    new.rename(path)
 
 
 def _refuse_outputs(source: Source, options: ScoringOptions, dropped: str) -> None:
