@@ -64,14 +64,20 @@ def test_scores_of_other_rows_are_not_compared(capsys):
 
 
 def test_a_report_is_written_with_the_result_and_later(capsys):
-    arguments = [*files(), *FAST, "--out", "kept.jsonl", "--report", "report.html"]
-    assert select(*arguments) == 0
-    written = re.search(r"^report +(\S+)", capsys.readouterr().out, re.MULTILINE)[1]
-    first = Path(written).stat().st_size
-    Path(written).unlink()
-    given = ["report", "kept.scores.parquet", "--data", "pairs.jsonl", "--out", "report.html", "--policy", "drop:0.25"]
+    arguments = files()
+    rows = rows_of("pairs.jsonl")
+    write("pairs.jsonl", [*rows, rows[3]])
+    assert select(*arguments, *FAST, "--out", "kept.jsonl", "--report", "report.html") == 0
+    assert "report      report.html" in capsys.readouterr().out
+    given = ["report", "kept.scores.parquet", "--data", "pairs.jsonl", "--out", "later.html", "--policy", "drop:0.25"]
     assert main(given) == 0
-    assert Path(written).stat().st_size == first > 1000
+    first, later = (Path(name).read_text() for name in ("report.html", "later.html"))
+    for text in (first, later):
+        assert "1 training rows repeat another one (first: rows 3, 24)" in text
+        assert rows[5]["completion"].strip() in text
+    assert "forvalue select --data pairs.jsonl" in first
+    tokens = "Tokens that speak against a row"
+    assert (tokens in first, tokens in later) == (True, False), "the model is needed for them"
 
 
 def test_the_demo_says_how_much_it_found(capsys):

@@ -35,7 +35,7 @@ settings are the same.
 
 def score(argv: Sequence[str]) -> None:
     """The command."""
-    options, config = parse("score", (ScoringOptions, ForValueConfig), argv, MORE, method="auto")
+    options, config = parse("score", (ScoringOptions, ForValueConfig), argv, MORE)
     inputs = open_rows(options, config.method)
     refuse_place(options.out, options)
     if options.dry_run:
@@ -47,7 +47,7 @@ def score(argv: Sequence[str]) -> None:
     found = look_for_duplicates(scorer, inputs)
     scores, _ = scored(scorer, inputs, found, Path(options.out), options.overwrite)
     print(scores.summary())
-    print("\n".join(about_duplicates(found, set_aside=True)))
+    print("\n".join(scores.metadata["duplicates"]["lines"]))
     print(f"scores      {options.out}\nrun         {run}")
 
 
@@ -95,7 +95,8 @@ def scored(
     started = time.perf_counter()
     found = None if overwrite else _found(scorer, inputs, path)
     scores = scorer.score(inputs.rows, path) if found is None else found
-    facts = {"counts": duplicates.counts(), "first": duplicates.first(NAMED).to_dict()}
+    lines = about_duplicates(duplicates, set_aside=True)
+    facts = {"lines": lines, "counts": duplicates.counts(), "first": duplicates.first(NAMED).to_dict()}
     if scores.metadata.get("duplicates") != facts:
         scores.metadata["duplicates"] = facts
         scores.save(path)
@@ -128,7 +129,7 @@ def _found(scorer: ForValueScorer, inputs: Inputs, path: Path) -> ForValueScores
     return scores
 
 
-def refuse_place(out: str, options: ScoringOptions, *, ours: bool = True) -> None:
+def refuse_place(out: str | Path, options: ScoringOptions, *, ours: bool = True) -> None:
     """Raises DataError where a file that is to be written is one that is read, or somebody else's.
 
     Args:
