@@ -11,13 +11,11 @@ import numpy as np
 from ..core.stats import spearman
 from ..data.files import DataError, Source
 from ..data.formats import Form, answer_of, form_of
-from ..data.shown import shown
+from ..data.shown import short, shown
 from ..data.sources import read
 from ..policies import parse_policy
 from ..scores.scores import ForValueScores
 from .options import parse
-
-LONGEST = 100  # letters of a text that is shown
 
 
 @dataclass
@@ -93,9 +91,9 @@ def worst(argv: Sequence[str]) -> None:
             facts += [f"{found.kind[row]} ({found.probability[row]:.2f})", found.why[row] or ""]
         print(f"{source.place(row)}  {'  '.join(filter(None, facts))}")
         text = shown(form.convert(rows[row]))
-        print("    " + " -> ".join(_cut(side) for side in (text.prompt, text.answer) if side))
+        print("    " + " -> ".join(short(side) for side in (text.prompt, text.answer) if side))
         if found is not None and suggested[row] >= 0:
-            answer = _cut(answer_of(rows[suggested[row]], form.answer) or "")
+            answer = short(answer_of(rows[suggested[row]], form.answer) or "")
             print(f"    rather {answer} ({found.suggested_probability[row]:.2f})")
 
 
@@ -131,7 +129,3 @@ def _opened(options: LookOptions) -> tuple[ForValueScores, Source, Form]:
         )
     form = form_of(source, (options.prompt_template, options.completion_template), options.text_column)
     return scores, source, form
-
-
-def _cut(text: str) -> str:
-    return repr(text) if len(text) <= LONGEST else f"{text[:60]!r} ... {text[-30:]!r}"
