@@ -85,7 +85,9 @@ def test_a_tokenizer_without_a_chat_template_gets_chatml_and_says_so(capsys):
 def test_a_share_of_the_training_rows_validates_only_where_that_is_asked_for(capsys):
     write("pairs.jsonl", pairs(N, 0, 0.3))
     assert "--validation-share 0.1" in failed(capsys, 1, "select", "pairs.jsonl", *MODEL, *FAST, "--out", "kept.jsonl")
-    assert select("pairs.jsonl", "--validation-share", "0.25", *MODEL, *FAST, "--out", "kept.jsonl") == 0
+    given = ["--validation-share", "0.25", *MODEL, *FAST, "--out", "kept.jsonl", "--report", "r.html"]
+    assert select("pairs.jsonl", *given) == 0
+    assert Path("r.html").is_file()
     seen = capsys.readouterr()
     assert "6 training rows are taken for validation: what is wrong with them hides" in seen.err
     assert "validation 6 of them" in seen.out

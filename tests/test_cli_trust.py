@@ -104,13 +104,16 @@ def test_what_is_kept_of_duplicates_is_cut():
 def test_without_trusted_rows_repeated_answers_judge_each_other(capsys):
     rows = labels(240)
     write("rows.jsonl", [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
-    assert select("rows.jsonl", *MODEL, *AUTO, "--policy", "drop:0.2", "--out", "kept.jsonl") == 0
+    assert (
+        select("rows.jsonl", *MODEL, *AUTO, "--policy", "drop:0.2", "--out", "kept.jsonl", "--report", "r.html") == 0
+    )
     out = capsys.readouterr().out
     assert out.splitlines()[0] == "rows.jsonl: 240 rows, JSONL, prompt/completion; no validation rows"
     assert "evidence    without validation rows: on the rows themselves, wrong ones among them" in out
     dropped = [fact["row"] for fact in rows_of("kept.dropped.reasons.jsonl")]
     assert np.mean([rows[row]["is_noisy"] for row in dropped]) > 0.7
     assert not Path("kept.to_read.jsonl").exists()
+    assert Path("r.html").is_file()
 
 
 def test_a_method_that_needs_trusted_rows_says_what_does_not(capsys):
