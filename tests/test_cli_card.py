@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
 from forvalue_callbacks.cli import main
@@ -40,6 +41,16 @@ def test_a_card_says_what_scored_what_and_how_to_do_it_again(capsys):
         path.unlink()
     assert main(shlex.split(command)[1:]) == 0
     assert {path.name: path.read_bytes() for path in Path("there").iterdir() if path.suffix != ".yaml"} == before
+
+
+@pytest.mark.parametrize(("name", "out"), [("pairs.jsonl", "kept.jsonl"), ("saved", "kept")])
+def test_a_folder_with_a_card_is_loaded_by_it(name, out, capsys):
+    assert select(*files(name), *FAST, "--out", f"there/{out}", "--card", "true") == 0
+    for config, n in (("kept", 18), ("kept.dropped", 6)):
+        rows = load_dataset("there", config, split="train", cache_dir="cache")
+        suffix = Path(out).suffix
+        assert rows.to_list() == rows_of(f"there/{config}{suffix}")
+        assert len(rows) == n
 
 
 def test_a_readme_of_somebody_else_stays(capsys):

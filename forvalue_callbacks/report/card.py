@@ -17,6 +17,7 @@ from ..scores.scores import ForValueScores, grouped_reasons
 from .words import NO_EVIDENCE, about_noise
 
 CARD = "README.md"
+FILES = (".jsonl", ".json", ".csv", ".parquet")
 TAGS = ["forvalue", "data-filtering"]
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 LIMITS = """
@@ -43,7 +44,7 @@ def card_text(scores: ForValueScores, run: Mapping[str, Any], files: Mapping[str
     data = DatasetCardData(
         size_categories=next((size for most, size in SIZES.items() if kept < most), "n>10M"),
         tags=TAGS,
-        configs=[{"config_name": Path(name).stem, "data_files": name} for name, rows in files.items() if rows],
+        configs=[_config(name) for name, rows in files.items() if rows],
     )
     title = _line(run.get("data", names[0]))
     parts = [
@@ -63,6 +64,13 @@ def card_text(scores: ForValueScores, run: Mapping[str, Any], files: Mapping[str
         _made(scores, run),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _config(name: str) -> dict[str, str]:
+    """How a file of rows is loaded, or a folder of `Dataset.save_to_disk`."""
+    if Path(name).suffix in FILES:
+        return {"config_name": Path(name).stem, "data_files": name}
+    return {"config_name": name, "data_files": f"{name}/*.arrow"}
 
 
 def is_card(path: str | Path) -> bool:
