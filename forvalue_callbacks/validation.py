@@ -36,6 +36,21 @@ ENOUGH_TOKENS = 16
 FIRST_ROWS, WORTH_READING = 256, 300
 
 
+class AnswersDifferError(ValueError):
+    """There are no validation rows, and answers do not repeat: the way out is to read some rows.
+
+    Args:
+        why: without the way out.
+    """
+
+    def __init__(self, why: str):
+        self.why = why
+        super().__init__(
+            f"{why}: read {WORTH_READING} rows, chosen at random, and give those that are right as the "
+            "validation_dataset."
+        )
+
+
 class ValidationSide:
     """Validation rows, and the state that a method makes of them.
 
@@ -142,23 +157,24 @@ class ValidationSide:
         """The first rows of those to score, where no validation rows can say what they are like.
 
         Raises:
-            ValueError: none can be scored, or answers do not repeat.
+            AnswersDifferError: answers do not repeat.
+            ValueError: none can be scored.
         """
         if self.dataset is not None or self.first:
             return
         with together("reading the first rows"):
             rows = list(islice(self.run.reader.samples(dataset), FIRST_ROWS))
-            self.first = [row for row in rows if row.reason is None]
-            if not self.first:
+            first = [row for row in rows if row.reason is None]
+            if not first:
                 raise ValueError(
                     f"none of the first {len(rows)} rows can be scored ({rows[0].reason if rows else ''})."
                 )
-            if (repeated := share_repeated(self.first)) < REPEATED:
-                raise ValueError(
+            if (repeated := share_repeated(first)) < REPEATED:
+                raise AnswersDifferError(
                     "without validation rows only wrong answers among answers that repeat can be found, and "
-                    f"{repeated:.0%} of the first {len(self.first)} rows share theirs with another: read "
-                    f"{WORTH_READING} rows, chosen at random, and give those that are right as the validation_dataset."
+                    f"{repeated:.0%} of the first {len(first)} rows share theirs with another"
                 )
+            self.first = first
 
     def check(self) -> None:
         """Before anything is computed: finds out how the model is to be run, or refuses it."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
-import re
-import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from files import DataError, Source, read
 
+from forvalue_callbacks.data.files import DataError, Source
+from forvalue_callbacks.data.formats import form_of
+from forvalue_callbacks.data.reasons import UnscorableError
+from forvalue_callbacks.data.sources import read
+from forvalue_callbacks.data.tables import OfDatasets
 from forvalue_callbacks.tiny import instructions
 
 # Column of the training rows that survives what SFTTrainer does to them: the row's place in the file, from 0.
@@ -93,7 +96,7 @@ def load_rows(config: DataConfig, text_field: str = "text") -> Rows:
         DataError: what `read` refuses, no validation rows, columns or templates that make no rows for SFTTrainer, too
             few rows, validation or test rows that cannot be used.
     """
-    seed, templates = config.data_seed_rows, _templates(config)
+    seed, templates = config.data_seed_rows, (config.prompt_template, config.completion_template)
     if config.data is None:
         return _generated(config)
     if config.validation_data is None and not config.draw_validation:
@@ -123,7 +126,7 @@ def load_rows(config: DataConfig, text_field: str = "text") -> Rows:
         if file is not None:
             sides[name], bad = _for_sft(found := read(file, split), templates, text_field)
             if bad:
-                raise DataError(f"{file}, {listed(found, bad)}")
+                raise DataError(listed(found, bad))
     warnings = []
     if "validation" in drawn:
         warnings.append(
@@ -151,7 +154,7 @@ def _generated(config: DataConfig) -> Rows:
     seed, noise = config.data_seed_rows, 0.2 if config.noise is None else config.noise
     train = instructions(config.max_train_rows or 1000, seed=seed, noise=noise)
     return Rows(
-        Source("generated rows", "jsonl", train),
+        OfDatasets("generated rows", "generated", train),
         train.add_column(ROW, list(range(len(train)))),
         instructions(config.validation_rows, seed=seed + 10_001),
         instructions(config.test_rows, seed=seed + 10_002),
@@ -160,40 +163,67 @@ def _generated(config: DataConfig) -> Rows:
     )
 
 
-def _templates(config: DataConfig) -> dict[str, str] | None:
-    """Templates of the prompt and the completion, as a shell gives them: with a backslash and an n for a new line."""
-    given = {"prompt": config.prompt_template, "completion": config.completion_template}
-    missing = [name for name, template in given.items() if template is None]
-    if len(missing) == 1:
-        raise DataError(f"one template without the other: give --{missing[0]}_template as well.")
-    return None if missing else {name: str(template).replace("\\n", "\n") for name, template in given.items()}
+def as_dataset(source: Source) -> Dataset:
+    """Rows as a data set with the columns of all of them, None where a row has not got one.
+
+    Raises:
+        DataError: a column holds values of several kinds.
+    """
+    if isinstance(source, OfDatasets):
+        return source.rows
+    rows = list(source)
+    columns: dict[str, list[Any]] = {c: [] for c in dict.fromkeys(column for row in rows for column in row)}
+    for column, values in columns.items():
+        values += [row.get(column) for row in rows]
+        kinds = [_kind(value) for value in values]
+        common = Counter(kind for kind in kinds if kind).most_common(2)
+        if len(common) == 2:
+            odd = next(i for i, kind in enumerate(kinds) if kind and kind != common[0][0])
+            raise DataError(
+                f"{source.place(odd)}: {column!r} is {kinds[odd]}, and {common[0][0]} in most rows: make them alike."
+            )
+    try:
+        return Dataset.from_dict(columns)
+    except Exception as error:  # deeper differences, which Arrow words in its own way
+        raise DataError(
+            f"{source.name}: rows differ in the form of their values ({error}): make them alike."
+        ) from None
 
 
-def _for_sft(source: Source, templates: dict[str, str] | None, text_field: str) -> tuple[Dataset, dict[int, str]]:
+def _kind(value: Any) -> str | None:
+    if value is None:
+        return None
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return names.get(type(value), "an object")
+
+
+def _for_sft(
+    source: Source, templates: tuple[str | None, str | None], text_field: str
+) -> tuple[Dataset, dict[int, str]]:
     """The rows that SFTTrainer can take, with their places in the column `ROW`, and why it cannot take the others."""
-    rows = source.rows.add_column(ROW, list(range(len(source.rows))))
-    if templates is None:
-        columns = _raw_columns(source, text_field)
+    rows = as_dataset(source)
+    rows = rows.add_column(ROW, list(range(len(rows))))
+    if any(templates):
+        rows, problems = _filled(source, rows, templates)
+    else:
+        columns = _raw_columns(source.name, rows.column_names[:-1], text_field)
         problems = {
             i: why
             for i, values in enumerate(zip(*(rows[column] for column in columns), strict=True))
             if (why := _problem(dict(zip(columns, values, strict=True))))
         }
-    else:
-        rows, problems = _filled(source, rows, templates)
     if len(problems) == len(rows):
         raise DataError(f"{source.name} has no row to train on: {listed(source, problems)}")
     return rows.select([i for i in range(len(rows)) if i not in problems]) if problems else rows, problems
 
 
-def _raw_columns(source: Source, text_field: str) -> list[str]:
+def _raw_columns(name: str, found: Sequence[str], text_field: str) -> list[str]:
     """The columns that SFTTrainer reads."""
-    found = source.rows.column_names
     for columns in (["input_ids"], ["prompt", "completion"], ["messages"], ["conversations"], [text_field]):
         if set(columns) <= set(found):
             return columns
     raise DataError(
-        f"{source.name} has the columns {', '.join(map(repr, found))}, and rows are 'prompt' with 'completion', "
+        f"{name} has the columns {', '.join(map(repr, found))}, and rows are 'prompt' with 'completion', "
         f"'messages', 'conversations' or text in {text_field!r}: name yours with --prompt_template and "
         f"--completion_template, for example '{{{found[0]}}}\\n' and '{{{found[-1]}}}'."
     )
@@ -211,32 +241,19 @@ def _problem(row: dict[str, object]) -> str | None:
     return None
 
 
-def _filled(source: Source, rows: Dataset, templates: dict[str, str]) -> tuple[Dataset, dict[int, str]]:
-    """Rows with a prompt and a completion of templates: null is nothing in a prompt, and no answer in a completion."""
-    named: dict[str, list[str]] = {}
-    for name, template in templates.items():
+def _filled(source: Source, rows: Dataset, templates: tuple[str | None, str | None]) -> tuple[Dataset, dict[int, str]]:
+    """Rows with a prompt and a completion of templates."""
+    convert = form_of(source, templates).convert
+    problems: dict[int, str] = {}
+    filled: dict[str, list[str]] = {"prompt": [], "completion": []}
+    for i, row in enumerate(source):
         try:
-            columns = [
-                re.split(r"[.[]", part[1])[0] for part in string.Formatter().parse(template) if part[1] is not None
-            ]
-        except ValueError as error:
-            raise DataError(f"--{name}_template {template!r} is no format string ({error}).") from None
-        for column in columns:
-            if column not in source.rows.column_names:
-                raise DataError(
-                    f"--{name}_template names the column {column!r}, and {source.name} has "
-                    f"{', '.join(map(repr, source.rows.column_names))}."
-                )
-        named[name] = columns
-    problems, filled = {}, {"prompt": [], "completion": []}
-    for i, row in enumerate(source.rows):
-        null = [column for column in named["completion"] if row[column] is None]
-        if null:
-            problems[i] = f"{null[0]!r} is null"
-        row = {column: "" if value is None else value for column, value in row.items()}
-        for name, template in templates.items():
-            filled[name].append(template.format(**row))
-    others = rows.remove_columns([c for c in rows.column_names if c in (*RAW, *templates)])
+            made = convert(row)
+        except UnscorableError as reason:
+            problems[i], made = str(reason), {"prompt": "", "completion": ""}
+        for name, values in filled.items():
+            values.append(made[name])
+    others = rows.remove_columns([c for c in rows.column_names if c in (*RAW, *filled)])
     return concatenate_datasets([others, Dataset.from_dict(filled)], axis=1), problems
 
 

@@ -8,9 +8,8 @@
         --prompt_template '{instruction}\\n{input}\\n' --completion_template '{output}'
 
 Rows are those that SFTTrainer takes: prompt and completion, messages, ShareGPT's conversations, text, or columns that
-templates make into a prompt and a completion. `output_dir` gets the kept and the dropped rows in the form they came in
-(kept.jsonl, dropped.jsonl for a jsonl file; the dropped ones with line, score and reason), and `rows.csv` with the
-place, score and fate of every row.
+templates make into a prompt and a completion. `output_dir` gets the kept and the dropped rows as they came
+(kept.jsonl, dropped.jsonl for a jsonl file), and `rows.csv` with the place, score and fate of every row.
 
 Every field of `SFTConfig`, `ModelConfig` (LoRA included), `ForValueConfig` and the two classes of this recipe is a
 flag and a key of the YAML file. With `--noise 0.2` a fifth of your own answers is swapped first, and the recipe
@@ -34,6 +33,7 @@ from sft import make_trainer, parse, policy_of, without_traceback
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from forvalue_callbacks import ForValueConfig, ForValueScores, prefilter
+from forvalue_callbacks.data.shown import short, shown
 
 
 @dataclass
@@ -106,7 +106,7 @@ def decide(scores: ForValueScores, scored: Sequence[int], kept: Sequence[int], r
     trained, chosen = set(kept), set(rows.train[ROW])
     found = dict(zip(scored, zip(scores.values.tolist(), scores.reasons, strict=True), strict=True))
     fates = []
-    for row in range(len(rows.source.rows)):
+    for row in range(len(rows.source)):
         value, reason = found.get(row, (float("nan"), None))
         score = value if np.isfinite(value) else None
         if row in trained:
@@ -148,44 +148,32 @@ def show(fates: list[Fate], rows: Rows, n: int) -> None:
         for fate in chosen:
             row = rows.train[at[fate.row]]
             noisy = ", noisy" if row.get("is_noisy") else ""
-            print(f"  {rows.source.place(fate.row)} ({fate.what}{noisy})  {fate.score:+.4g}  {shown(row, rows)}")
+            print(f"  {rows.source.place(fate.row)} ({fate.what}{noisy})  {fate.score:+.4g}  {_line(row)}")
 
 
-def shown(row: dict[str, Any], rows: Rows) -> str:
-    """A prompt and its completion, the last two turns, or a text, long ones without their middle."""
-    turns = row.get("completion") or row.get("messages") or row.get("conversations") or row.get(rows.text_field)
-    parts = [row["prompt"], turns] if "completion" in row else turns
-    parts = parts[-2:] if isinstance(parts, list) else [parts]
-    texts = [part[-1] if isinstance(part, list) and part else part for part in parts]
-    texts = [text.get("content", text.get("value")) if isinstance(text, dict) else text for text in texts]
-    return " -> ".join(map(_cut, map(str, texts)))
-
-
-def _cut(text: str) -> str:
-    return repr(text) if len(text) <= 100 else f"{text[:60]!r} ... {text[-30:]!r}"
+def _line(row: dict[str, Any]) -> str:
+    text = shown({name: value for name, value in row.items() if name not in (ROW, "is_noisy")})
+    return " -> ".join(short(side) for side in (text.prompt, text.answer) if side)
 
 
 def write(fates: list[Fate], rows: Rows, folder: Path, trial: bool) -> None:
-    """Kept and dropped rows in the form they came in, and a table of every row; the table alone after a trial."""
+    """Kept and dropped rows as they came, and a table of every row; the table alone after a trial."""
     source = rows.source
     folder.mkdir(parents=True, exist_ok=True)
     print()
     if not trial:
         kept = [fate.row for fate in fates if fate.what == "kept"]
-        dropped = [fate for fate in fates if fate.what == "dropped"]
-        more: dict[str, list[Any]] = {"forvalue_row": [fate.row for fate in dropped]}
-        if source.lines is not None:
-            more["forvalue_line"] = [source.lines[fate.row] for fate in dropped]
-        more |= {"forvalue_score": [fate.score for fate in dropped], "forvalue_reason": [f.reason for f in dropped]}
-        files = source.write(folder / "kept", kept), source.write(folder / "dropped", [f.row for f in dropped], more)
-        print(f"kept rows     {files[0]} ({len(kept):,})")
-        print(f"dropped rows  {files[1]} ({len(dropped):,}, with place, score and reason)")
+        dropped = [fate.row for fate in fates if fate.what == "dropped"]
+        source.suffix = source.suffix or ".parquet"  # rows of no file
+        for name, chosen in (("kept", kept), ("dropped", dropped)):
+            path = folder / f"{name}{source.suffix}"
+            source.write(path, chosen)
+            print(f"{f'{name} rows':13} {path} ({len(chosen):,})")
     with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["row", "line", "what", "score", "reason"])
         for fate in fates:
-            line = "" if source.lines is None else source.lines[fate.row]
-            table.writerow([fate.row, line, fate.what, "" if fate.score is None else fate.score, fate.reason])
+            table.writerow([fate.row, source.line(fate.row), fate.what, fate.score, fate.reason])  # None is empty
     print(f"every row     {folder / 'rows.csv'} (place, score, fate)", flush=True)
 
 

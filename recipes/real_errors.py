@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from data import as_dataset
 from datasets import Dataset
-from files import DataError, read
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
@@ -28,6 +28,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from forvalue_callbacks import TINY_MODEL, Drop, ForValueConfig, ForValueScorer, baselines
+from forvalue_callbacks.data.files import DataError
+from forvalue_callbacks.data.sources import read
 
 RESULTS = "real_errors.json"
 DRAWS = 2000  # of the bootstrap
@@ -82,7 +84,7 @@ def judged_rows(
     Raises:
         DataError: no such column, a truth that is neither true, false, 1 nor 0, too few right rows.
     """
-    rows = read(data, "train").rows
+    rows = as_dataset(read(data))
     if truth not in rows.column_names:
         raise DataError(f"--truth names the column {truth!r}, and {data} has {', '.join(rows.column_names)}.")
     texts, by_prompt, bad = {}, {}, {}  # in order

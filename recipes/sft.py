@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from data import Rows
 from datasets import Dataset
-from files import DataError
 from transformers import AutoTokenizer, TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from forvalue_callbacks import TINY_MODEL
+from forvalue_callbacks.data.files import DataError
 from forvalue_callbacks.policies import Policy, parse_policy
 
 

@@ -1,18 +1,14 @@
 """The card of a filtered data set, and the way to the hub: a stand-in on loopback that speaks what HfApi speaks."""
 
-import base64
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import numpy as np
 import pytest
 import yaml
 from huggingface_hub import DatasetCard
 
-from forvalue_callbacks.report.card import card_text, push
+from forvalue_callbacks.report.card import card_text, is_card, push
 from forvalue_callbacks.scores.noise import Evidence, NoiseEstimate
 from forvalue_callbacks.scores.scores import ForValueScores
+from helpers.hub import is_private, standing_in
 
 RUN = {
     "command": "forvalue select train.jsonl --validation trusted.jsonl --model M --out kept.jsonl",
@@ -69,63 +65,10 @@ def test_names_cannot_break_out_of_the_card():
     assert "````bash" in lines
 
 
-class Hub(BaseHTTPRequestHandler):
-    """What HfApi asks to make a data set and to put small files there; the server holds what it was told."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        server = self.server
-        server.asked.append((self.path, self.headers.get("Authorization")))
-        if server.refuses:
-            return self.answer({"error": "no right to write"}, 403)
-        if self.path == "/api/repos/create":
-            server.created = json.loads(body)
-            return self.answer({"url": f"{server.url}/datasets/me/rows", "id": "me/rows"})
-        if "/preupload/" in self.path:
-            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
-            return self.answer({"files": files})
-        if "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            url = f"{server.url}/datasets/me/rows/commit/1"
-            return self.answer({"commitUrl": url, "commitOid": "1", "success": True})
-        return self.answer({"errors": [], "warnings": []})  # the card is looked at
-
-    def do_GET(self):
-        self.server.asked.append((self.path, self.headers.get("Authorization")))
-        self.answer({"id": "me/rows", "sha": "0", "private": True, "siblings": []})
-
-    def answer(self, facts, status=200):
-        text = json.dumps(facts).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_):
-        pass
-
-
-def is_private(created):
-    """As huggingface_hub says it since 2.0, or before."""
-    return created.get("visibility") == "private" or created.get("private") is True
-
-
 @pytest.fixture
 def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.refuses = f"http://127.0.0.1:{server.server_port}", False
-    server.asked, server.files, server.created = [], {}, None
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)  # HF_ENDPOINT, read when it is imported
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_standin")
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with standing_in(monkeypatch) as server:
+        yield server
 
 
 def test_a_folder_goes_to_the_hub_as_it_is(hub, tmp_path):
@@ -140,6 +83,21 @@ def test_a_folder_goes_to_the_hub_as_it_is(hub, tmp_path):
     assert {token for _, token in hub.asked} == {"Bearer hf_standin"}
     push(tmp_path, "me/rows", private=False)
     assert not is_private(hub.created)
+
+
+def test_what_is_named_goes_to_the_hub_and_nothing_else(hub, tmp_path):
+    for name in ("README.md", "kept.jsonl", "k?pt.jsonl", "secret.env", "rows/a.arrow", "other/b.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    push(tmp_path, "me/rows", names=["k?pt.jsonl", "rows"])
+    assert sorted(hub.files) == ["README.md", "k?pt.jsonl", "rows/a.arrow"]
+
+
+def test_a_card_is_known_again(tmp_path):
+    for text, known in ((card_text(make_scores(), RUN, FILES), True), ("# mine\n- forvalue\n", False)):
+        (tmp_path / "README.md").write_text(text)
+        assert is_card(tmp_path / "README.md") is known
+    assert not is_card(tmp_path / "none.md")
 
 
 def test_what_the_hub_refuses_is_said_with_the_way_out(hub, tmp_path):

@@ -1,114 +1,26 @@
-"""The command: files in and files out, what it says where something is wrong, and what is left when it is stopped."""
+"""The command: files in and files out, and what it says where something is wrong."""
 
-import csv
-import errno
-import io
 import json
-import logging
 import os
-import re
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from importlib import reload
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import yaml
-from datasets import Dataset, load_from_disk
 
 from forvalue_callbacks import TINY_MODEL, ForValueScores
 from forvalue_callbacks.cli import COMMANDS, main
 from forvalue_callbacks.scores.judgements import Judgements
-from forvalue_callbacks.tiny import instructions
-
-N, M = 24, 12
-MODEL = ["--model", str(TINY_MODEL)]
-FAST = ["--method", "gradient", "--policy", "drop:0.25"]
+from helpers.cli import FAST, FORMS, MODEL, NAMES, M, N, failed, files, pairs, rows_of, select, write
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def pairs(n, seed, noise=0.0):
-    rows = instructions(n, seed, noise).select_columns(["prompt", "completion"]).to_list()
-    return [{"id": seed * 1000 + i, **row} for i, row in enumerate(rows)]  # none comes twice
-
-
-def turns(row, role="role", content="content", names=("user", "assistant")):
-    texts = (row["prompt"], row["completion"])
-    return [{role: name, content: text} for name, text in zip(names, texts, strict=True)]
-
-
-FORMS = {
-    "pairs.jsonl": lambda row: row,
-    "messages.json": lambda row: {"messages": turns(row), "n": 1.5},
-    "sharegpt.jsonl": lambda row: {"conversations": turns(row, "from", "value", ("human", "gpt")), "system": "x"},
-    "alpaca.csv": lambda row: {"instruction": row["prompt"], "input": "", "output": row["completion"]},
-    "text.parquet": lambda row: {"text": row["prompt"] + row["completion"]},
-    "own.jsonl": lambda row: {"q": row["prompt"], "a": row["completion"]},
-    "saved": lambda row: {"messages": turns(row)},
-}
-NAMES = {"pairs.jsonl": "JSONL, prompt/completion", "messages.json": "JSON, messages ('messages')",
-         "sharegpt.jsonl": "JSONL, ShareGPT ('conversations')", "alpaca.csv": "CSV, Alpaca",
-         "text.parquet": "Parquet, text ('text')", "own.jsonl": "JSONL, own templates",
-         "saved": "a saved data set, messages ('messages')"}  # fmt: skip
-
-
-def write(name, rows):
-    if name.endswith(".jsonl"):
-        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif name.endswith(".json"):
-        Path(name).write_text(json.dumps(rows, indent=1))
-    elif name.endswith(".csv"):
-        with open(name, "w", newline="") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-    elif name.endswith(".parquet"):
-        Dataset.from_list(rows).to_parquet(name)
-    else:
-        Dataset.from_list(rows).save_to_disk(name)
-
-
-def rows_of(path):
-    path = Path(path)
-    if path.is_dir():
-        return load_from_disk(path).to_list()
-    if path.suffix == ".parquet":
-        return pq.read_table(path).to_pylist()
-    text = path.read_text()
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines()]
-    return json.loads(text) if path.suffix == ".json" else list(csv.DictReader(io.StringIO(text)))
-
-
-def files(name="pairs.jsonl", n=N, m=M):
-    """Training and trusted rows in files, and the flags that name them."""
-    form = FORMS[name]
-    write(name, [form(row) for row in pairs(n, 0, 0.3)])
-    write(f"trusted_{name}", [form(row) for row in pairs(m, 1)])
-    return [name, "--validation", f"trusted_{name}", *MODEL]
-
-
-def select(*arguments):
-    return main(["select", *arguments])
-
-
-def failed(capsys, code, *arguments):
-    """What a command that fails says, in one line."""
-    assert main(list(arguments)) == code
-    err = capsys.readouterr().err
-    said = [line for line in err.splitlines() if line.startswith("forvalue: ")]
-    assert len(said) == 1, err
-    assert "Traceback" not in err
-    return said[0]
 
 
 # ---- the job ----
@@ -173,7 +85,9 @@ def test_a_tokenizer_without_a_chat_template_gets_chatml_and_says_so(capsys):
 def test_a_share_of_the_training_rows_validates_only_where_that_is_asked_for(capsys):
     write("pairs.jsonl", pairs(N, 0, 0.3))
     assert "--validation-share 0.1" in failed(capsys, 1, "select", "pairs.jsonl", *MODEL, *FAST, "--out", "kept.jsonl")
-    assert select("pairs.jsonl", "--validation-share", "0.25", *MODEL, *FAST, "--out", "kept.jsonl") == 0
+    given = ["--validation-share", "0.25", *MODEL, *FAST, "--out", "kept.jsonl", "--report", "r.html"]
+    assert select("pairs.jsonl", *given) == 0
+    assert Path("r.html").is_file()
     seen = capsys.readouterr()
     assert "6 training rows are taken for validation: what is wrong with them hides" in seen.err
     assert "validation 6 of them" in seen.out
@@ -337,9 +251,9 @@ WRONG = {
     "missing template": ({}, ["--prompt-template", "{prompt}"], "one template of two is missing"),
     "empty validation": ({"trusted.jsonl": ""}, [], "trusted.jsonl is empty: give a file with rows"),
     "validation is training": ({}, ["--validation", "train.jsonl"], "train.jsonl is both training and validation"),
-    "validation in training": (
-        {"train.jsonl": lines() + json.dumps(pairs(12, 1)[3]) + "\n"}, [],
-        "1 training rows are validation rows too, the first is train.jsonl, line 7",
+    "training is a part of validation": (
+        {"train.jsonl": "".join(json.dumps(row) + "\n" for row in pairs(12, 1)[3:7])}, [],
+        "every row of train.jsonl is a validation row too, and nothing is left to score",
     ),
     "null fields": (
         {"train.jsonl": '{"prompt": "x", "completion": null}\n' * 3}, [],
@@ -408,251 +322,3 @@ def test_one_null_field_costs_one_row(capsys):
     (fact,) = [fact for fact in rows_of("kept.dropped.reasons.jsonl") if fact["reason"]]
     assert (fact["row"], fact["score"]) == (4, None)
     assert "'completion' is None" in fact["reason"]
-
-
-def test_trusted_rows_among_the_training_rows_where_they_were_looked_through(capsys):
-    arguments = files()
-    write("pairs.jsonl", [*rows_of("pairs.jsonl"), *rows_of("trusted_pairs.jsonl")])
-    assert "12 training rows are validation rows too" in failed(
-        capsys, 1, "select", *arguments, *FAST, "--out", "kept.jsonl"
-    )
-    assert select(*arguments, *FAST, "--out", "kept.jsonl", "--allow-overlap", "true") == 0
-
-
-# ---- scores that are there ----
-
-
-def test_scores_are_used_again_or_refused_by_name(capsys):
-    arguments = [*files(), *FAST, "--out", "kept.jsonl"]
-    assert select(*arguments) == 0
-    assert "scored in" in capsys.readouterr().out
-    assert select(*arguments, "--policy", "drop:0.5") == 0
-    assert "with the scores made before" in capsys.readouterr().out
-    assert len(rows_of("kept.jsonl")) == N // 2
-    for change, what in (
-        (["--method", "whitened"], "other settings"),
-        (["--max-length", "100"], "other settings"),
-        (["--validation", "few.jsonl"], "other validation rows"),
-        (["--data", "more.jsonl"], "other training rows"),
-    ):
-        write("few.jsonl", rows_of("trusted_pairs.jsonl")[:5])
-        write("more.jsonl", [*rows_of("pairs.jsonl"), *pairs(1, 5)])
-        given = arguments[1:] if "--data" in change else arguments
-        said = failed(capsys, 1, "select", *given, *change)
-        assert f"the scores in kept.scores.parquet was made with {what}" in said, said
-        assert "--overwrite true" in said
-    assert select(*arguments, "--method", "whitened", "--overwrite", "true") == 0
-    assert ForValueScores.load("kept.scores.parquet").metadata["config"]["method"] == "whitened"
-
-
-# A disk that fills, and Ctrl-C, while rows are scored: small windows, one part each.
-@pytest.fixture
-def windows(monkeypatch):
-    monkeypatch.setattr("forvalue_callbacks.data.reader.WINDOW", 8)
-
-
-@pytest.mark.usefixtures("windows")
-@pytest.mark.parametrize("why", ["disk full", "interrupted"])
-def test_what_is_done_is_kept(why, monkeypatch, capsys):
-    from forvalue_callbacks.scores.writer import ScoreWriter
-
-    arguments = [*files(), *FAST, "--out", "kept.jsonl"]
-    assert select(*arguments) == 0
-    expected = {path.name: path.read_bytes() for path in Path().glob("kept.*") if path.suffix != ".yaml"}
-    for name in expected:
-        Path(name).unlink()
-    real, error = ScoreWriter.write, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    written = []
-
-    def write_two(self, start, *rest):
-        if len(written) == 2:
-            raise KeyboardInterrupt if why == "interrupted" else error
-        written.append(start)
-        real(self, start, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ScoreWriter, "write", write_two)
-        if why == "interrupted":
-            assert "interrupted: what has been scored is kept, the same command goes on" in failed(
-                capsys, 130, "select", *arguments
-            )
-        else:
-            said = failed(capsys, 1, "select", *arguments)
-            assert "No space left on device" in said
-            assert "Make room and give the same command again" in said
-    assert not Path("kept.jsonl").exists()
-    assert len(list(Path("kept.scores.parquet.parts").glob("part-*"))) == 2
-    said = failed(capsys, 1, "select", *arguments, "--method", "whitened")
-    assert "what is in kept.scores.parquet.parts was made with other settings" in said
-    read = []
-    monkeypatch.setattr(
-        ScoreWriter, "write", lambda self, start, *rest: (read.append(start), real(self, start, *rest))
-    )
-    assert select(*arguments) == 0
-    assert read == [16], "the third window alone"
-    assert {name: Path(name).read_bytes() for name in expected} == expected
-    assert not Path("kept.scores.parquet.parts").exists()
-
-
-@pytest.mark.usefixtures("windows")
-def test_a_full_disk_leaves_no_half_of_a_file(monkeypatch, capsys):
-    from forvalue_callbacks.data.files import JsonLines
-
-    arguments = [*files(), *FAST, "--out", "kept.jsonl"]
-
-    def half(self, path, rows, changed=None):
-        path.write_bytes(b'{"half')
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JsonLines, "write", half)
-        assert "kept.dropped.jsonl" in failed(capsys, 1, "select", *arguments)
-    assert not Path("kept.jsonl").exists()
-    assert not Path("kept.dropped.jsonl").exists()
-    assert not [path for path in Path().iterdir() if path.name.startswith(".forvalue-")]
-    assert select(*arguments) == 0
-    assert "with the scores made before" in capsys.readouterr().out
-
-
-SMALL_WINDOWS = (
-    "import sys; import forvalue_callbacks.data.reader as reader; reader.WINDOW = 8\n"
-    "from forvalue_callbacks.cli import main; sys.exit(main())"
-)
-# FORVALUE_KILLS=20 is what was done once; each costs the start of a process.
-KILLS = int(os.environ.get("FORVALUE_KILLS", "2"))
-
-
-@pytest.mark.usefixtures("windows")
-def test_a_killed_run_goes_on_and_ends_bit_for_bit_alike():
-    """Killed as soon as one more part, or one more file of the result, is there."""
-    arguments = ["select", *files(n=48), *FAST, "--out"]
-    assert main([*arguments, "whole.jsonl"]) == 0
-    killed = 0
-    for attempt in range(KILLS):
-        there = n_files()
-        command = [sys.executable, "-c", SMALL_WINDOWS, *arguments, "kept.jsonl"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            if n_files() > there + attempt % 3 and Path("kept.scores.parquet.parts").exists():
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
-        if Path("kept.jsonl").exists():  # done: from the start again
-            for path in Path().glob("kept*"):
-                path.unlink()
-    assert killed
-    assert main([*arguments, "kept.jsonl"]) == 0
-    for name in (".jsonl", ".dropped.jsonl", ".dropped.reasons.jsonl", ".scores.parquet"):
-        assert Path(f"kept{name}").read_bytes() == Path(f"whole{name}").read_bytes(), name
-    assert not Path("kept.scores.parquet.parts").exists()
-
-
-def n_files():
-    return len([*Path().rglob("kept*"), *Path().rglob("part-*")])
-
-
-@pytest.mark.usefixtures("windows")
-def test_parts_beside_scores_that_are_whole_go(monkeypatch):
-    """A kill between writing the one and removing the others leaves both."""
-    from forvalue_callbacks.scores.writer import ScoreWriter
-
-    arguments = [*files(), *FAST, "--out", "kept.jsonl"]
-    with monkeypatch.context() as patch:
-        patch.setattr(ScoreWriter, "remove", lambda self: self.close())
-        patch.setattr("forvalue_callbacks.cli.scoring.remove_parts", lambda path: None)
-        assert select(*arguments) == 0
-    assert Path("kept.scores.parquet.parts").is_dir()
-    assert select(*arguments) == 0
-    assert not Path("kept.scores.parquet.parts").exists()
-
-
-# ---- the other commands ----
-
-
-def test_scores_are_looked_at(capsys):
-    arguments = files()
-    for method in ("gradient", "whitened"):
-        assert main(["score", *arguments, "--method", method, "--out", f"{method}.parquet"]) == 0
-    assert "rows        24" in capsys.readouterr().out
-    scores = ForValueScores.load("gradient.parquet")
-    order = np.argsort(scores.values)
-    said = Judgements.none(N)
-    said.kind[order[0]], said.probability[order[0]], said.why[order[0]] = "swapped", 0.9, "likelihood"
-    said.suggested_row[order[0]], said.suggested_probability[order[0]] = order[-1], 0.7
-    scores.judgements = said
-    scores.save("gradient.parquet")
-    assert main(["worst", "gradient.parquet", "--data", "pairs.jsonl", "--n", "3"]) == 0
-    seen, rows = capsys.readouterr().out, rows_of("pairs.jsonl")
-    assert re.findall(r"line (\d+)", seen) == [str(i + 1) for i in order[:3]]
-    assert "swapped (0.90)  likelihood" in seen
-    assert f"rather {rows[order[-1]]['completion']!r} (0.70)" in seen
-    assert f"-> {rows[order[0]]['completion']!r}" in seen
-    assert main(["worst", "gradient.parquet", "--data", "pairs.jsonl", "--n", "1", "--best", "true"]) == 0
-    assert f"line {order[-1] + 1} " in capsys.readouterr().out
-    assert main(["compare", "gradient.parquet", "whitened.parquet", "--share", "0.5"]) == 0
-    other = ForValueScores.load("whitened.parquet").values
-    same = len(set(order[:12]) & set(np.argsort(other)[:12]))
-    assert f"{same} of 12" in capsys.readouterr().out
-    assert main(["compare", "gradient.parquet", "gradient.parquet", "--share", "0.25"]) == 0
-    assert "+1.000  6 of 6" in capsys.readouterr().out
-    write("fewer.jsonl", rows[:5])
-    assert "has scores of 24 rows, and fewer.jsonl has 5" in failed(
-        capsys, 1, "worst", "gradient.parquet", "--data", "fewer.jsonl"
-    )
-    assert "one file of scores cannot be compared" in failed(capsys, 1, "compare", "gradient.parquet")
-
-
-def test_scores_of_other_rows_are_not_compared(capsys):
-    arguments = files()
-    assert main(["score", *arguments, "--method", "gradient", "--out", "a.parquet"]) == 0
-    write("pairs.jsonl", pairs(N, 7))
-    assert main(["score", *arguments, "--method", "gradient", "--out", "b.parquet"]) == 0
-    assert "b.parquet is not of the rows of a.parquet" in failed(capsys, 1, "compare", "a.parquet", "b.parquet")
-
-
-def test_a_report_is_written_with_the_result_and_later(capsys):
-    arguments = [*files(), *FAST, "--out", "kept.jsonl", "--report", "report.html"]
-    assert select(*arguments) == 0
-    written = re.search(r"^report +(\S+)", capsys.readouterr().out, re.MULTILINE)[1]
-    first = Path(written).stat().st_size
-    Path(written).unlink()
-    given = ["report", "kept.scores.parquet", "--data", "pairs.jsonl", "--out", "report.html", "--policy", "drop:0.25"]
-    assert main(given) == 0
-    assert Path(written).stat().st_size == first > 1000
-
-
-def test_the_demo_says_how_much_it_found(capsys):
-    assert main(["demo", "--rows", "60", "--validation-rows", "120", "--out", "d", "--policy", "drop:0.2"]) == 0
-    out = capsys.readouterr().out
-    found, dropped = map(
-        int, re.search(r"truth +18 answers are wrong: (\d+) of them are among the (\d+)", out).groups()
-    )
-    assert dropped == 12
-    assert found >= 9
-    assert len(rows_of("d/kept.jsonl")) == 48
-
-
-def test_recipes_are_listed_and_started(monkeypatch, capsys):
-    assert main(["recipes"]) == 0
-    seen = capsys.readouterr().out
-    assert re.search(r"prefilter_sft +Fine-tune on the rows that For-Value keeps", seen)
-    assert not re.search(r"^ +data ", seen, re.MULTILINE), "a module that they share"
-    Path("r").mkdir()
-    Path("r/shared.py").write_text("WHAT = 'shared'\n")
-    Path("r/mine.py").write_text(
-        '"""Mine."""\nimport sys\nfrom shared import WHAT\nif __name__ == "__main__":\n    print(WHAT, sys.argv[1:])\n'
-    )
-    monkeypatch.setattr("forvalue_callbacks.cli.recipes.FOLDERS", (Path("nowhere"), Path("r")))
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    assert main(["recipes", "mine", "--rows", "3"]) == 0
-    assert "shared ['--rows', '3']" in capsys.readouterr().out
-    assert "there is no recipe 'x': mine." in failed(capsys, 1, "recipes", "x")
-
-
-def test_the_log_is_left_as_it_was():
-    arguments = files()
-    before = logging.getLogger("transformers").level
-    assert main(["score", *arguments, "--method", "gradient", "--out", "a.parquet"]) == 0
-    assert logging.getLogger("transformers").level == before

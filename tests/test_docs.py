@@ -35,7 +35,7 @@ RECIPES = {
 # Run by tests of their own.
 ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm"}
 # Modules that recipes share, not scripts.
-SHARED = {"data", "files", "sft", "influence_comparison", "influence_report", "influence_tasks", "real_errors"}
+SHARED = {"data", "sft", "influence_comparison", "influence_report", "influence_tasks", "real_errors"}
 SHARED |= {"shapes", "vlm_tasks"}
 
 

@@ -407,8 +407,10 @@ def test_rows_are_scored_without_validation_rows_where_answers_repeat():
     with pytest.raises(ValueError, match="method='whitened' needs a validation_dataset"):
         ForValueScorer(build_model(), None, ForValueConfig(method="whitened")).score(train)
     different = [{**row, "labels": [-100] * 3 + [i], "input_ids": [5, 6, 7, i]} for i, row in enumerate(train[:40])]
-    with pytest.raises(ValueError, match="0% of the first 40 rows share theirs with another: read 300 rows"):
-        ForValueScorer(build_model(), None, CONFIG, progress=False).score(different)
+    scorer = ForValueScorer(build_model(), None, CONFIG, progress=False)
+    for _ in range(2):  # asked again, it says so again
+        with pytest.raises(ValueError, match="0% of the first 40 rows share theirs with another: read 300 rows"):
+            scorer.score(different)
 
 
 def test_states_of_the_middle_layer_are_those_that_the_model_gives():

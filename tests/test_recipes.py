@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from forvalue_callbacks import TINY_MODEL
+from forvalue_callbacks.data.files import DataError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 N = 24
@@ -68,7 +70,7 @@ def write(name, rows):
 def rows_of(path):
     text = path.read_text() if path.suffix != ".parquet" else ""
     if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines()]
+        return [json.loads(line) for line in text.splitlines() if line]
     if path.suffix == ".json":
         return json.loads(text)
     return list(csv.DictReader(io.StringIO(text))) if text else Dataset.from_parquet(str(path)).to_list()
@@ -94,18 +96,19 @@ def test_rows_of_every_form_come_back_as_they_came_with_their_places(name, monke
     assert [int(row["row"]) for row in table] == list(range(N))
     assert kept == [rows[i] for i in range(N) if table[i]["what"] == "kept"]
     assert (len(kept), len(dropped)) == (18, 6)
-    for row in dropped:
-        place = int(row.pop("forvalue_row"))
-        score, reason = float(row.pop("forvalue_score")), row.pop("forvalue_reason")
-        line = row.pop("forvalue_line", None)
-        assert row == rows[place]
-        assert f"{score:.4g}" in reason
-        assert "drop:0.25" in reason
+    assert dropped == [rows[i] for i in range(N) if table[i]["what"] == "dropped"]
+    for fate in (fate for fate in table if fate["what"] == "dropped"):
+        place, score, line = int(fate["row"]), float(fate["score"]), fate["line"]
+        assert f"{score:.4g}" in fate["reason"]
+        assert "drop:0.25" in fate["reason"]
         assert all(float(other["score"]) >= score for other in table if other["what"] == "kept")
         if suffix == ".jsonl":
-            assert json.loads(Path(name).read_text().splitlines()[line - 1]) == row
-        where = f"row {place} (from 0)" if line is None else f"line {line}"
-        assert (f"{where} (dropped)" in seen) == (score in sorted(float(other["score"]) for other in table)[:3])
+            assert json.loads(Path(name).read_text().splitlines()[int(line) - 1]) == rows[place]
+        where = f"line {line}" if line else f"row {place} (from 0)"
+        where = f"(row {place} from 0)" if suffix == ".json" else where  # all of it is one line
+        assert (re.search(rf"{re.escape(where)} .*\(dropped\)", seen) is not None) == (
+            score in sorted(float(other["score"]) for other in table)[:3]
+        )
     assert "test_loss" not in seen, "no row is taken from the training file without being asked"
     assert not Path("out/model.safetensors").exists()
 
@@ -120,11 +123,16 @@ def test_what_is_found_is_said_before_the_training(monkeypatch, capfd):
     arguments = ["--data", "rows.jsonl", "--validation_data", "trusted.jsonl", "--test_data", "trusted.jsonl"]
     run(monkeypatch, "prefilter_sft", *arguments, "--max_steps", "1", "--max_length", "200", "--report_to", "none")
     seen, said = capfd.readouterr()
-    assert "1 row of rows.jsonl cannot be trained on and is dropped: line 11: 'completion' is null: fill" in said
+    assert (
+        "1 row of rows.jsonl cannot be trained on and is dropped: rows.jsonl, line 11: 'completion' is null: fill"
+        in said
+    )
     assert seen.index("worst rows") < seen.index("dropped rows ") < seen.index("train_loss") < seen.index("test_loss")
-    reasons = {row["forvalue_line"]: row["forvalue_reason"] for row in rows_of(Path("out/dropped.jsonl"))}
-    assert reasons[11] == "'completion' is null"
-    assert "max_length" in reasons[15]
+    table = csv.DictReader(io.StringIO(Path("out/rows.csv").read_text()))
+    reasons = {row["line"]: row["reason"] for row in table if row["what"] == "dropped"}
+    assert reasons["11"] == "'completion' is null"
+    assert "max_length" in reasons["15"]
+    assert len(rows_of(Path("out/dropped.jsonl"))) == len(reasons)
     assert Path("out/model.safetensors").exists()
     assert len(rows_of(Path("out/kept.jsonl"))) + len(reasons) == N
 
@@ -161,14 +169,14 @@ BROKEN = {
         GOOD + '{"prompt": "a", "completion": 1}\n' + GOOD,
         {},
     ),
-    "no row to train on: line 1: 'completion' is null": ('{"prompt": "a", "completion": null}', {}),
+    "no row to train on: rows.jsonl, line 1: 'completion' is null": ('{"prompt": "a", "completion": null}', {}),
     "has the columns 'a', 'b', and rows are .*--prompt_template": ('{"a": "x", "b": "y"}', {}),
-    "without the other: give --completion_template": (GOOD, {"prompt_template": "{prompt}"}),
-    "--prompt_template names the column 'question', and rows.jsonl has 'prompt', 'completion'": (
+    "one template of two is missing: give both": (GOOD, {"prompt_template": "{prompt}"}),
+    "rows.jsonl: a template names the column 'question', and the rows have 'prompt', 'completion'": (
         GOOD,
         {"prompt_template": "{question}", "completion_template": "{completion}"},
     ),
-    "--prompt_template '{prompt' is no format string": (
+    "a template is no format string": (
         GOOD,
         {"prompt_template": "{prompt", "completion_template": "{completion}"},
     ),
@@ -182,7 +190,6 @@ BROKEN = {
 @pytest.mark.parametrize("message", BROKEN)
 def test_what_is_wrong_with_a_file_is_said_with_its_place_and_the_way_out(message):
     from data import DataConfig, load_rows
-    from files import DataError
 
     content, options = BROKEN[message]
     if content is not None:
@@ -192,25 +199,6 @@ def test_what_is_wrong_with_a_file_is_said_with_its_place_and_the_way_out(messag
     options = {"validation_data": "trusted.jsonl"} | {k: v for k, v in options.items() if v != "holes"}
     with pytest.raises(DataError, match=message):
         load_rows(DataConfig(data="rows.jsonl", **options))
-
-
-def test_other_broken_files():
-    from files import DataError, read
-
-    Path("rows.csv").write_text('prompt,completion\n"a\nb",c\nd,e,f\n')
-    with pytest.raises(DataError, match=r"rows\.csv, line 4: 3 cells, but the header names 2"):
-        read("rows.csv", "train")
-    Path("rows.json").write_text('[\n{"prompt": "a"},\n{"prompt" "b"}]')
-    with pytest.raises(DataError, match=r"rows\.json, line 3: broken JSON"):
-        read("rows.json", "train")
-    Path("rows.parquet").write_text("no table")
-    with pytest.raises(DataError, match=r"rows\.parquet is no Parquet file"):
-        read("rows.parquet", "train")
-    Path("rows.xlsx").write_text("no table")
-    with pytest.raises(DataError, match=r"rows are read from \.json, \.jsonl, \.csv, \.parquet, not from \.xlsx"):
-        read("rows.xlsx", "train")
-    with pytest.raises(DataError, match="nobody/nothing is no file here, and as a data set it cannot be loaded"):
-        read("nobody/nothing", "train")
 
 
 def test_a_mistake_ends_the_script_without_a_traceback(monkeypatch):
@@ -233,6 +221,6 @@ def test_templates_and_cells_are_taken_as_they_are():
     assert rows.train["prompt"] == ["is it {x}?\n007", 'say "hi"\n']
     assert rows.train["completion"] == ["NA", "5"]
     assert rows.train["forvalue_row"] == [0, 1]
-    assert rows.unusable == {2: "'a' is null"}
+    assert rows.unusable == {2: "'a' is None: fill it or drop the row"}
     assert "text" not in rows.train.column_names, "SFTTrainer would read it"
     assert rows.test is None

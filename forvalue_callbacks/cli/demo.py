@@ -41,11 +41,10 @@ def demo(argv: Sequence[str]) -> None:
         str(TINY_MODEL),
         str(folder / "kept.jsonl"),
         str(folder / "trusted.jsonl"),
-        allow_overlap=True,  # short generated rows may come twice
     )
     print(
         f"forvalue select {given.data} --validation {given.validation} --model {given.model} "
-        f"--policy {options.policy} --out {given.out} --allow-overlap true",
+        f"--policy {options.policy} --out {given.out}",
         flush=True,
     )
     _, dropped = run_select(given, SelectOptions(policy=options.policy), ForValueConfig(method="auto"))

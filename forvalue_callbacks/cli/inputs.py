@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +11,15 @@ from typing import Any
 
 from ..config import ForValueConfig
 from ..data.files import DataError, Source
-from ..data.formats import CHATML, Form, FormedRows, form_of, row_hash, with_answers_marked
-from ..data.reasons import UnscorableError
+from ..data.formats import CHATML, Form, FormedRows, form_of, with_answers_marked
 from ..data.sft import RowConfig
 from ..data.sources import read
+from ..methods import METHODS
 from ..scorer import ForValueScorer
 from .options import ScoringOptions, warn
 
 TAKEN = "one of the validation rows (--validation-share): kept, without a score"
+TRUSTED = "a validation row too: kept, without a score"
 
 
 @dataclass
@@ -27,13 +28,13 @@ class Inputs:
 
     Args:
         rows: of the training file.
-        validation: rows that are trusted.
-        taken: places of training rows that are validation rows.
+        validation: rows that are trusted; None: there are none.
+        taken: places of training rows that are validation rows, which are kept and not scored.
         groups: group of each row, by the column that was asked for.
     """
 
     rows: FormedRows
-    validation: FormedRows
+    validation: FormedRows | None
     taken: frozenset[int]
     groups: list[Any] | None
 
@@ -41,41 +42,51 @@ class Inputs:
     def source(self) -> Source:
         return self.rows.source
 
+    @property
+    def sides(self) -> list[FormedRows]:
+        """The one or the two that there are."""
+        return [self.rows] if self.validation is None else [self.rows, self.validation]
 
-def open_rows(options: ScoringOptions, group_column: str | None = None) -> Inputs:
+    def take(self, rows: Sequence[int], reason: str) -> None:
+        """Sets training rows aside that are validation rows."""
+        self.rows = FormedRows(self.source, self.rows.form, {**self.rows.set_aside, **dict.fromkeys(rows, reason)})
+        self.taken = self.taken.union(rows)
+
+
+def open_rows(options: ScoringOptions, method: str, group_column: str | None = None) -> Inputs:
     """Both sides, read once from end to end; what they are is the first line that is printed.
 
     Raises:
-        DataError: files that are not there, broken or empty, a form that is not known, validation rows among the
-            training rows, no column of groups.
+        DataError: files that are not there, broken or empty, a form that is not known, no validation rows and a
+            method that needs them, no column of groups.
     """
-    _refuse_sides(options)
+    _refuse_sides(options, METHODS[method].needs_validation)
     source = read(options.data, options.split)
     form, taken = _form(source, options), _taken(source, options)
-    known: Collection[str] = ()
-    if options.validation is None:
-        validation = FormedRows(source, form, places=taken)
-        where = f"{len(taken):,} of them"
-    else:
+    validation: FormedRows | None
+    if options.validation is not None:
         trusted = read(options.validation, options.validation_split)
         validation = FormedRows(trusted, _form(trusted, options))
-        where = f"{options.validation}: {len(trusted):,} rows, {trusted.kind}, {validation.form.name}"
-        known = () if options.allow_overlap else {_hash(validation.form, row) for row in trusted}
-    print(f"{options.data}: {len(source):,} rows, {source.kind}, {form.name}; validation {where}", flush=True)
+        where = f"validation {options.validation}: {len(trusted):,} rows, {trusted.kind}, {validation.form.name}"
+    else:
+        validation = FormedRows(source, form, places=taken) if taken else None
+        where = f"validation {len(taken):,} of them" if taken else "no validation rows"
+    print(f"{options.data}: {len(source):,} rows, {source.kind}, {form.name}; {where}", flush=True)
     if taken:
         warn(
             f"{len(taken):,} training rows are taken for validation: what is wrong with them hides what is wrong with "
             "others. Look through them, or give trusted rows by --validation."
         )
-    groups = _look_through(source, form, known, group_column)
+    groups = _look_through(source, group_column)
     return Inputs(FormedRows(source, form, dict.fromkeys(taken, TAKEN)), validation, frozenset(taken), groups)
 
 
-def _refuse_sides(options: ScoringOptions) -> None:
-    if options.validation is None and options.validation_share is None:
+def _refuse_sides(options: ScoringOptions, needed: bool) -> None:
+    if needed and options.validation is None and options.validation_share is None:
         raise DataError(
             "rows are scored by rows that you trust: give two or three hundred of the same kind by --validation FILE. "
-            "(--validation-share 0.1 takes a tenth of the training rows: only if you trust those.)"
+            "(--validation-share 0.1 takes a tenth of the training rows: only if you trust those. Without any, "
+            "--method auto finds wrong answers where answers repeat.)"
         )
     if options.validation is not None and options.validation_share is not None:
         raise DataError("--validation and --validation-share exclude each other: give one.")
@@ -105,21 +116,10 @@ def _taken(source: Source, options: ScoringOptions) -> list[int]:
     return sorted(random.Random(options.seed).sample(range(len(source)), n))
 
 
-def _hash(form: Form, row: Mapping[str, Any]) -> str:
-    try:
-        return row_hash(form.convert(row))
-    except UnscorableError:
-        return row_hash(row)
-
-
-def _look_through(source: Source, form: Form, trusted: Collection[str], group_column: str | None) -> list[Any] | None:
+def _look_through(source: Source, group_column: str | None) -> list[Any] | None:
     """Reads all rows, so that what is broken is known before a model is loaded; the groups, if there are any."""
     groups: list[Any] = []
-    same, first = 0, 0
     for i, row in enumerate(source):
-        if trusted and _hash(form, row) in trusted:
-            first = i if same == 0 else first
-            same += 1
         if group_column is not None:
             if group_column not in row:
                 raise DataError(
@@ -127,11 +127,6 @@ def _look_through(source: Source, form: Form, trusted: Collection[str], group_co
                     f"{', '.join(map(repr, row))})."
                 )
             groups.append(row[group_column])
-    if same:
-        raise DataError(
-            f"{same:,} training rows are validation rows too, the first is {source.place(first)}: take them out of "
-            "one of the two files. (--allow-overlap true where you have looked through them.)"
-        )
     return None if group_column is None else groups
 
 
@@ -144,8 +139,7 @@ def open_scorer(options: ScoringOptions, config: ForValueConfig, inputs: Inputs)
     Raises:
         DataError: the model cannot be loaded; no file with a chat template.
     """
-    sides = (inputs.rows, inputs.validation)
-    tokenizer = None
+    sides, tokenizer = inputs.sides, None
     with quiet():
         if any(not side.form.tokenised for side in sides):
             tokenizer = _loaded("AutoTokenizer", options.model)

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import combinations
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.stats import spearman
 from ..data.files import DataError, Source
 from ..data.formats import Form, answer_of, form_of
+from ..data.shown import short, shown
 from ..data.sources import read
 from ..policies import parse_policy
 from ..scores.scores import ForValueScores
 from .options import parse
-
-if TYPE_CHECKING:
-    from .inputs import Inputs
-
-LONGEST = 100  # letters of a text that is shown
 
 
 @dataclass
@@ -65,30 +57,22 @@ class CompareOptions:
 def report(argv: Sequence[str]) -> None:
     """The command."""
     options, choice = parse("report", (LookOptions, ReportOptions), argv)
-    scores, source, form = _opened(options)
+    scores, source, _ = _opened(options)
     policy = parse_policy(choice.policy)
     groups = None
     if policy.group_column is not None:
         groups = [row.get(policy.group_column) for row in source]
     weights = policy(scores.values, groups)
     print(scores.summary())
-    print(f"report      {_write(Path(choice.out), scores, source, form, weights)}")
+    run = {"data": options.data, "policy": choice.policy}
+    scores.report(choice.out, source, weights=weights, findings=findings(scores), run=run)
+    print(f"report      {choice.out}")
 
 
-def write_report(path: Path, scores: ForValueScores, inputs: Inputs, weights: np.ndarray) -> Path:
-    """The report of scores that have just been made; where it is."""
-    return _write(path, scores, inputs.source, inputs.rows.form, weights)
-
-
-def _write(path: Path, scores: ForValueScores, source: Source, form: Form, weights: np.ndarray) -> Path:
-    """One HTML file; a picture of the scores, as long as the package has no HTML report."""
-    html = f"{__name__.split('.')[0]}.report.html"
-    if find_spec(html) is None:
-        path = path.with_suffix(".png")
-        scores.plot(path, weights=weights)
-        return path
-    import_module(html).write_report(path, scores, source)
-    return path
+def findings(scores: ForValueScores) -> list[tuple[str, list[int]]]:
+    """What is there twice, as it was said when the rows were scored."""
+    lines = scores.metadata.get("duplicates", {}).get("lines", [])
+    return [(line.partition(" ")[2].strip(), []) for line in lines]
 
 
 def worst(argv: Sequence[str]) -> None:
@@ -106,9 +90,10 @@ def worst(argv: Sequence[str]) -> None:
         if found is not None and found.kind[row] is not None:
             facts += [f"{found.kind[row]} ({found.probability[row]:.2f})", found.why[row] or ""]
         print(f"{source.place(row)}  {'  '.join(filter(None, facts))}")
-        print(f"    {shown(rows[row], form)}")
+        text = shown(form.convert(rows[row]))
+        print("    " + " -> ".join(short(side) for side in (text.prompt, text.answer) if side))
         if found is not None and suggested[row] >= 0:
-            answer = _cut(answer_of(rows[suggested[row]], form.answer) or "")
+            answer = short(answer_of(rows[suggested[row]], form.answer) or "")
             print(f"    rather {answer} ({found.suggested_probability[row]:.2f})")
 
 
@@ -144,19 +129,3 @@ def _opened(options: LookOptions) -> tuple[ForValueScores, Source, Form]:
         )
     form = form_of(source, (options.prompt_template, options.completion_template), options.text_column)
     return scores, source, form
-
-
-def shown(row: dict[str, Any], form: Form) -> str:
-    """What is asked and answered in a row, or its text, long ones without their middle."""
-    row = dict(form.convert(row))
-    turns = row.get("completion") or next((row[c] for c in form.answer if c in row), None)
-    turns = turns or next((value for value in row.values() if isinstance(value, str)), None)
-    parts = [row["prompt"], turns] if "completion" in row else turns
-    parts = parts[-2:] if isinstance(parts, list) else [parts]
-    texts = [part[-1] if isinstance(part, list) and part else part for part in parts]
-    texts = [text.get("content", text.get("value")) if isinstance(text, dict) else text for text in texts]
-    return " -> ".join(_cut(str(text)) for text in texts)
-
-
-def _cut(text: str) -> str:
-    return repr(text) if len(text) <= LONGEST else f"{text[:60]!r} ... {text[-30:]!r}"

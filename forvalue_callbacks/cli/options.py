@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
@@ -40,6 +41,10 @@ except ImportError:
 PATHS, MAY_BE_IDS = ("out", "chat_template", "dropped", "scores", "report"), ("data", "validation", "model")
 
 
+# Where the command differs from the classes.
+DEFAULTS = {"method": "auto"}
+
+
 def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -56,7 +61,11 @@ class ScoringOptions:
     )
     model: str = field(metadata={"help": "Folder or hub id of the causal language model."})
     out: str = field(metadata={"help": "The file to write (of save_to_disk rows: a folder)."})
-    validation: str | None = _flag(None, "Rows that you trust, of the same kind: two or three hundred, 40 at least.")
+    validation: str | None = _flag(
+        None,
+        "Rows that you trust, of the same kind: two or three hundred, 40 at least. None: "
+        "methods auto and label_model find wrong answers where answers repeat.",
+    )
     validation_share: float | None = field(
         default=None,
         metadata={"help": "Take this share of the training rows in place of --validation: only if you trust them."},
@@ -71,10 +80,10 @@ class ScoringOptions:
     )
     learn_prompts: bool = _flag(False, "Score all tokens of a row, not the answer alone.")
     max_length: int | None = _flag(1024, "Rows are cut to this many tokens, as in SFTConfig.")
-    allow_overlap: bool = _flag(False, "Take validation rows that are among the training rows too.")
     dtype: str = _flag("auto", "Of the weights: auto, float32, bfloat16, float16.")
     seed: int = _flag(0, "Of what --validation-share takes.")
     overwrite: bool = _flag(False, "Replace files that are there, scores among them.")
+    dry_run: bool = _flag(False, "Say what it would take (rows, tokens, passes, memory, time), and write nothing.")
 
 
 @dataclass
@@ -95,11 +104,14 @@ class SelectOptions:
     dropped: str | None = _flag(None, "File for the dropped rows. None: kept.jsonl has kept.dropped.jsonl beside it.")
     scores: str | None = _flag(None, "File for the scores. None: kept.jsonl has kept.scores.parquet beside it.")
     report: str | None = _flag(None, "File for the report (.html). None: no report.")
+    card: bool = _flag(False, "Write a card of the data set, README.md, beside the kept rows.")
+    push_to_hub: str | None = _flag(
+        None, "Data set of the hub (owner/name) that kept and dropped rows, scores and card go to; no other file does."
+    )
+    private: bool = _flag(True, "Of a data set that --push-to-hub makes.")
 
 
-def parse(
-    command: str, classes: Sequence[Any], argv: Sequence[str], more: str = "", **defaults: Any
-) -> tuple[Any, ...]:
+def parse(command: str, classes: Sequence[Any], argv: Sequence[str], more: str = "") -> tuple[Any, ...]:
     """Objects of the classes, of the flags and of the YAML file of `--config`.
 
     Arguments that stand before the first flag are those of the first field.
@@ -118,12 +130,13 @@ def parse(
         f"traceback where something is wrong.\n{EXIT_CODES}",
         formatter_class=_Help,
     )
-    parser.set_defaults(**defaults)
+    known = {spec.name for cls in classes for spec in fields(cls)}
+    parser.set_defaults(**{name: value for name, value in DEFAULTS.items() if name in known})
     given = list(argv)
     n = next((i for i, argument in enumerate(given) if argument.startswith("-")), len(given))
     if n:
         given = [f"--{fields(classes[0])[0].name}", *given[:n], *given[n:]]
-    _check_config(parser, given, {spec.name for cls in classes for spec in fields(cls)})
+    _check_config(parser, given, known)
     try:
         return tuple(parser.parse_args_and_config(given))
     except ValueError as error:  # what a dataclass finds wrong
@@ -150,6 +163,18 @@ def _check_config(parser: Any, given: list[str], known: set[str]) -> None:
         parser.error(f"{given[at + 1]} must hold flags with their values, as 'policy: drop:auto'")
     if other := sorted(map(str, values.keys() - known - {"env"})):
         parser.error(f"{given[at + 1]} sets what is no flag here: {', '.join(other)}")
+
+
+def typed(command: str, *options: Any) -> str:
+    """What to type for these flags, those alone that are not as they are by themselves."""
+    words = ["forvalue", command]
+    for group in options:
+        for spec in fields(group):
+            value = getattr(group, spec.name)
+            if value is not None and value != DEFAULTS.get(spec.name, spec.default):
+                text = str(value).lower() if isinstance(value, bool) else str(value)
+                words += [f"--{spec.name.replace('_', '-')}", text]
+    return shlex.join(words)
 
 
 def run_file(out: str) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,19 @@ from ..data.files import DataError, Source
 from ..data.formats import answer_of, with_answer_of
 from ..data.sources import KINDS
 from ..policies import Policy, Relabel, parse_policy
+from ..report.card import CARD, card_text, is_card, push
 from ..report.words import lines
+from ..scorer import ForValueScorer
 from ..scores.files import whole_file
 from ..scores.scores import ForValueScores
+from ..trainer.page import explained
 from ..trainer.refusals import refuse_policy
 from .inputs import Inputs, open_rows, open_scorer
-from .look import write_report
-from .options import ScoringOptions, SelectOptions, beside, parse, write_run
-from .scoring import refuse_place, scored
+from .look import findings
+from .options import ScoringOptions, SelectOptions, beside, parse, typed, write_run
+from .scoring import look_for_duplicates, refuse_place, say_estimate, scored
+from .to_read import refuse_without_trust
+from .writing import write_rows
 
 MORE = """
 Kept and dropped rows are written in the form they came in and in their order: lines of JSONL, records of CSV and
@@ -32,57 +37,137 @@ line of JSON for each, in the same order: kept.dropped.reasons.jsonl, with row, 
 kind, why and the suggested answer. With --relabel a row that gets another answer is among the kept rows with it, and
 among the dropped ones as it came.
 
-Beside kept.jsonl: kept.dropped.jsonl, kept.dropped.reasons.jsonl, kept.scores.parquet, kept.run.yaml.
+Beside kept.jsonl: kept.dropped.jsonl, kept.dropped.reasons.jsonl, kept.scores.parquet, kept.run.yaml; with --card or
+--push-to-hub README.md, a card of the data set.
 """
 
 
 def select(argv: Sequence[str]) -> None:
     """The command."""
     classes = (ScoringOptions, SelectOptions, ForValueConfig)
-    options, choice, config = parse("select", classes, argv, MORE, method="auto")
+    options, choice, config = parse("select", classes, argv, MORE)
     run_select(options, choice, config)
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Files of a result; None: not asked for."""
+
+    kept: Path
+    dropped: Path
+    reasons: Path
+    scores: Path
+    report: Path | None
+    card: Path | None
+
+    @classmethod
+    def of(cls, options: ScoringOptions, choice: SelectOptions) -> Outputs:
+        """Where they go."""
+        kept, dropped = Path(options.out), choice.dropped or str(beside(options.out, "dropped"))
+        return cls(
+            kept,
+            Path(dropped),
+            beside(dropped, "reasons", ".jsonl"),
+            Path(choice.scores or beside(options.out, "scores", ".parquet")),
+            None if choice.report is None else Path(choice.report),
+            kept.parent / CARD if choice.card or choice.push_to_hub else None,
+        )
+
+
 def run_select(options: ScoringOptions, choice: SelectOptions, config: ForValueConfig) -> tuple[list[int], list[int]]:
-    """Scores, decides and writes; the places of the kept and of the dropped rows.
+    """Scores, decides and writes; the places of the kept and of the dropped rows, none after a dry run.
 
     Raises:
         DataError: what `open_rows` and `scored` refuse, files of another form than the rows, or that somebody else
             has written.
         ValueError: a policy that is none, or that these scores are not for.
     """
+    policy = _policy(choice, config)
+    inputs, outputs = open_rows(options, config.method, policy.group_column), Outputs.of(options, choice)
+    _refuse_outputs(inputs.source, options, outputs)
+    if options.dry_run:
+        say_estimate(options, config, inputs)
+        return [], []
+    scorer = open_scorer(options, config, inputs)
+    refuse_without_trust(scorer, inputs, options)
+    run = write_run("select", options.out, options, choice, config)
+    duplicates = look_for_duplicates(scorer, inputs)
+    scores, seconds = scored(scorer, inputs, duplicates, outputs.scores, options.overwrite)
+    weights, others = decide(policy, scores, inputs)
+    print(lines(scores, weights, policy, seconds, drawn=False))
+    print("\n".join(scores.metadata["duplicates"]["lines"]))
+
+    kept = np.flatnonzero(weights).tolist()
+    gone = sorted(set(range(len(scores))) - set(kept) | set(others))
+    changed = _changed(inputs, others)
+    with whole_file(outputs.reasons) as file:
+        file.write_bytes(b"".join(_reasons(inputs, scores, gone, others)))
+    write_rows(inputs.source, outputs.dropped, gone)
+    write_rows(inputs.source, outputs.kept, kept, changed)
+    print(f"kept        {outputs.kept} ({len(kept):,} rows" + (f", {len(others):,} relabelled)" if others else ")"))
+    print(f"dropped     {outputs.dropped} ({len(gone):,} rows; why: {outputs.reasons})")
+    print(f"scores      {outputs.scores}\nrun         {run}")
+    facts = {key: value for group in (options, choice, config) for key, value in asdict(group).items()}
+    facts["command"] = typed("select", options, choice, config)
+    if outputs.report is not None:
+        _report(outputs.report, scorer, scores, inputs, weights, facts)
+    if outputs.card is not None:
+        _publish(outputs, choice, scores, facts, {outputs.kept: len(kept), outputs.dropped: len(gone)})
+    return kept, gone
+
+
+def _policy(choice: SelectOptions, config: ForValueConfig) -> Policy:
+    """Raises ValueError for one that is none, DataError for one that weights rows."""
     policy = parse_policy(choice.policy)
     if choice.relabel is not None:
         policy = Relabel(choice.relabel, policy)
     refuse_policy(policy, config.gives_log_odds)
     if policy.reweights:
         raise DataError(f"{policy} weights rows, and files hold a row or do not: use drop, keep or threshold.")
-    inputs = open_rows(options, policy.group_column)
-    dropped = choice.dropped or str(beside(options.out, "dropped"))
-    path = Path(choice.scores or beside(options.out, "scores", ".parquet"))
-    _refuse_outputs(inputs.source, options, dropped)
-    for other in filter(None, (str(path), choice.report)):
-        refuse_place(other, options)
-    scorer = open_scorer(options, config, inputs)
-    run = write_run("select", options.out, options, choice, config)
-    scores, seconds = scored(scorer, inputs, path, options.overwrite)
-    weights, others = decide(policy, scores, inputs)
-    print(lines(scores, weights, policy, seconds, drawn=False))
+    return policy
 
-    kept = np.flatnonzero(weights).tolist()
-    gone = sorted(set(range(len(scores))) - set(kept) | set(others))
-    changed = _changed(inputs, others)
-    reasons = beside(dropped, "reasons", ".jsonl")
-    with whole_file(reasons) as file:
-        file.write_bytes(b"".join(_reasons(inputs, scores, gone, others)))
-    write_rows(inputs.source, Path(dropped), gone)
-    write_rows(inputs.source, Path(options.out), kept, changed)
-    print(f"kept        {options.out} ({len(kept):,} rows" + (f", {len(others):,} relabelled)" if others else ")"))
-    print(f"dropped     {dropped} ({len(gone):,} rows; why: {reasons})")
-    print(f"scores      {path}\nrun         {run}")
-    if choice.report is not None:
-        print(f"report      {write_report(Path(choice.report), scores, inputs, weights)}")
-    return kept, gone
+
+def _report(
+    path: Path,
+    scorer: ForValueScorer,
+    scores: ForValueScores,
+    inputs: Inputs,
+    weights: np.ndarray,
+    facts: Mapping[str, Any],
+) -> None:
+    trusted = inputs.validation
+    validation: Any = None if trusted is None else trusted.source
+    if trusted is not None and trusted.places is not None:
+        validation = [row for _, row in sorted(trusted.source.pick(trusted.places).items())]
+    scores.report(
+        path,
+        inputs.source,
+        validation=validation,
+        explanations=explained(scorer, scores, inputs.rows),
+        weights=weights,
+        findings=findings(scores),
+        run={key: facts[key] for key in ("data", "validation", "model", "policy", "command")},
+    )
+    print(f"report      {path}")
+
+
+def _publish(
+    outputs: Outputs,
+    choice: SelectOptions,
+    scores: ForValueScores,
+    facts: Mapping[str, Any],
+    rows: Mapping[Path, int],
+) -> None:
+    """The card, and on the hub those files of the result that lie beside it."""
+    assert outputs.card is not None
+    paths = (outputs.kept, outputs.dropped, outputs.reasons, outputs.scores, outputs.report)
+    folder = outputs.card.parent
+    files = {path.name: rows.get(path, 0) for path in paths if path is not None and path.parent == folder}
+    with whole_file(outputs.card) as file:
+        file.write_text(card_text(scores, facts, files), encoding="utf-8")
+    print(f"card        {outputs.card}")
+    if choice.push_to_hub is not None:
+        print(f"hub         {push(folder, choice.push_to_hub, private=choice.private, names=list(files))}")
 
 
 def decide(policy: Policy, scores: ForValueScores, inputs: Inputs) -> tuple[np.ndarray, dict[int, int]]:
@@ -98,33 +183,21 @@ def decide(policy: Policy, scores: ForValueScores, inputs: Inputs) -> tuple[np.n
     return weights, others
 
 
-def write_rows(
-    source: Source, path: Path, rows: Sequence[int], changed: Mapping[int, Mapping[str, Any]] | None = None
-) -> None:
-    """Writes some rows as they came, all or nothing."""
-    if source.suffix:
-        with whole_file(path) as file:
-            source.write(file, rows, changed)
-        return
-    new = path.with_name(f".{path.name}.forvalue")
-    shutil.rmtree(new, ignore_errors=True)
-    source.write(new, rows, changed)
-    shutil.rmtree(path, ignore_errors=True)
-    new.rename(path)
-
-
-def _refuse_outputs(source: Source, options: ScoringOptions, dropped: str) -> None:
+def _refuse_outputs(source: Source, options: ScoringOptions, outputs: Outputs) -> None:
     """Outputs must be of the rows' form; and nothing of somebody else's is written over."""
-    if not source.suffix and Path(options.out).suffix == ".parquet":
+    if not source.suffix and outputs.kept.suffix == ".parquet":
         source.suffix = ".parquet"
-    for out in (options.out, dropped):
-        suffix = Path(out).suffix
-        if suffix != source.suffix if source.suffix else suffix in KINDS:
+    for out in (outputs.kept, outputs.dropped):
+        if out.suffix != source.suffix if source.suffix else out.suffix in KINDS:
             wanted = f"a name that ends in {source.suffix}" if source.suffix else "a folder, or a name in .parquet"
             raise DataError(f"{out}: rows are written in the form they came in ({source.kind}): give {wanted}.")
         refuse_place(out, options, ours=False)
-    if Path(options.out).absolute() == Path(dropped).absolute():
-        raise DataError(f"{dropped} is where the kept rows go: give another file for the dropped ones.")
+    if outputs.kept.absolute() == outputs.dropped.absolute():
+        raise DataError(f"{outputs.dropped} is where the kept rows go: give another file for the dropped ones.")
+    for other in filter(None, (outputs.scores, outputs.report)):
+        refuse_place(other, options)
+    if outputs.card is not None and outputs.card.exists() and not is_card(outputs.card):
+        raise DataError(f"{outputs.card} is no card of forvalue and stays: give --out a folder of its own.")
 
 
 def _changed(inputs: Inputs, others: Mapping[int, int]) -> dict[int, dict[str, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
 import numpy as np
@@ -67,9 +67,37 @@ class Duplicates:
         """Training rows beside the first of each group of nearly the same."""
         return sum(len(group) - 1 for group in self.near)
 
+    def counts(self) -> dict[str, int]:
+        """How many rows there are of each, by the name of the field."""
+        return {
+            "n_train": self.n_train,
+            "n_validation": self.n_validation,
+            "exact": self.n_exact,
+            "near": self.n_near,
+            "leaked_exact": len(self.leaked_exact),
+            "leaked_near": len(self.leaked_near),
+            "validation": sum(len(group) - 1 for group in self.validation),
+        }
+
+    def first(self, n: int) -> Duplicates:
+        """The first n groups of each, and the first n rows of those."""
+
+        def cut(groups: list[list[int]]) -> list[list[int]]:
+            return [group[:n] for group in groups[:n]]
+
+        return replace(
+            self,
+            exact=cut(self.exact),
+            near=cut(self.near),
+            leaked_exact=self.leaked_exact[:n],
+            leaked_near=self.leaked_near[:n],
+            validation=cut(self.validation),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return asdict(self)
+        pairs = {name: [list(pair) for pair in getattr(self, name)] for name in ("leaked_exact", "leaked_near")}
+        return {**asdict(self), **pairs}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Duplicates:

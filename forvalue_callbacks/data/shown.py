@@ -45,6 +45,11 @@ def shown(row: Any, processing_class: Any = None) -> Shown:
     return Shown(*_sides(row, processing_class), tuple(_images(row)))
 
 
+def short(text: str, longest: int = 100) -> str:
+    """A text for one line, in quotes, a long one without its middle."""
+    return repr(text) if len(text) <= longest else f"{text[: longest - 40]!r} ... {text[-30:]!r}"
+
+
 def _sides(row: Mapping[str, Any], processing_class: Any) -> tuple[str, str]:
     if row.get("completion") is not None:
         return _text(row.get("prompt")), _text(row["completion"])

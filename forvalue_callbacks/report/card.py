@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..scores.scores import ForValueScores, grouped_reasons
 from .words import NO_EVIDENCE, about_noise
 
 CARD = "README.md"
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+TAGS = ["forvalue", "data-filtering"]
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 LIMITS = """
 - Scores look through the output head of this one model: another model ranks these rows otherwise.
@@ -40,8 +43,8 @@ def card_text(scores: ForValueScores, run: Mapping[str, Any], files: Mapping[str
     kept = files[names[0]]
     data = DatasetCardData(
         size_categories=next((size for most, size in SIZES.items() if kept < most), "n>10M"),
-        tags=["forvalue", "data-filtering"],
-        configs=[{"config_name": Path(name).stem, "data_files": name} for name, rows in files.items() if rows],
+        tags=TAGS,
+        configs=[_config(name) for name, rows in files.items() if rows],
     )
     title = _line(run.get("data", names[0]))
     parts = [
@@ -63,8 +66,24 @@ def card_text(scores: ForValueScores, run: Mapping[str, Any], files: Mapping[str
     return "\n\n".join(parts) + "\n"
 
 
-def push(folder: str | Path, repo_id: str, *, private: bool = True) -> str:
+def _config(name: str) -> dict[str, str]:
+    """How a file of rows is loaded, or a folder of `Dataset.save_to_disk`."""
+    if Path(name).suffix in FILES:
+        return {"config_name": Path(name).stem, "data_files": name}
+    return {"config_name": name, "data_files": f"{name}/*.arrow"}
+
+
+def is_card(path: str | Path) -> bool:
+    """Whether a file is what `card_text` has written once."""
+    tags = "".join(f"- {tag}\n" for tag in TAGS)
+    return Path(path).is_file() and f"\ntags:\n{tags}" in Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = True, names: Sequence[str] | None = None) -> str:
     """Uploads a folder as a data set of the hub, made where there is none; its address.
+
+    Args:
+        names: of the files and folders in it that go, the card with them; None: all of them.
 
     Token and endpoint are those of the environment (`hf auth login`, `HF_TOKEN`, `HF_ENDPOINT`).
 
@@ -77,7 +96,11 @@ def push(folder: str | Path, repo_id: str, *, private: bool = True) -> str:
     try:
         repo = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=repo.repo_id, folder_path=folder, repo_type="dataset", commit_message="Rows filtered by For-Value"
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            repo_type="dataset",
+            commit_message="Rows filtered by For-Value",
+            allow_patterns=None if names is None else _patterns(folder, [CARD, *names]),
         )
     except Exception as error:  # no token, no network, no right to write: each has an exception of its own
         first = (str(error).splitlines() or [""])[0]
@@ -86,6 +109,10 @@ def push(folder: str | Path, repo_id: str, *, private: bool = True) -> str:
             "as somebody who may write there."
         ) from error
     return str(repo)
+
+
+def _patterns(folder: str | Path, names: Sequence[str]) -> list[str]:
+    return [glob.escape(name) + ("/*" if Path(folder, name).is_dir() else "") for name in names]
 
 
 def _counts(scores: ForValueScores) -> str:

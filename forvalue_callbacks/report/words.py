@@ -178,8 +178,12 @@ def lines(
     return "\n".join(out)
 
 
-def about_duplicates(found: Duplicates) -> list[str]:
-    """What is there twice, one line a fact; rows by number, from 0."""
+def about_duplicates(found: Duplicates, set_aside: bool = False) -> list[str]:
+    """What is there twice, one line a fact; rows by number, from 0.
+
+    Args:
+        set_aside: training rows that are validation rows too have not been scored.
+    """
     if not (found.exact or found.near or found.leaked_exact or found.leaked_near or found.validation):
         return [f"duplicates  none among {found.n_train:,} training and {found.n_validation:,} validation rows"]
     lines = []
@@ -189,15 +193,16 @@ def about_duplicates(found: Duplicates) -> list[str]:
     if found.near:
         first = ", ".join(map(str, found.near[0][:3]))
         lines.append(f"duplicates  {found.n_near:,} training rows nearly repeat another one (first: rows {first})")
-    for what, pairs in (
-        ("are validation rows too", found.leaked_exact),
-        ("nearly repeat a validation row", found.leaked_near),
+    spoils = "the evidence is better than it should be; take them out of one of the two"
+    for what, pairs, then in (
+        ("are validation rows too", found.leaked_exact, "kept, without a score" if set_aside else spoils),
+        ("nearly repeat a validation row", found.leaked_near, spoils),
     ):
         if pairs:
             row, at = pairs[0]
             lines.append(
                 f"leakage     {len(pairs):,} of {found.n_train:,} training rows {what} (first: row {row}, validation "
-                f"row {at}): the evidence is better than it should be; take them out of one of the two"
+                f"row {at}): {then}"
             )
     if found.validation:
         first = ", ".join(map(str, found.validation[0][:3]))

@@ -36,7 +36,7 @@ def write_report(
     with together("preparing to train by scores"):
         pass  # a rank that has failed before this says so here; what fails below ends nothing
     try:
-        explanations = _explanations(scorer, scores, dataset)
+        explanations = explained(scorer, scores, dataset)
     except Exception as error:
         logger.warning("the report explains no rows: %s", place_of(error))
         explanations = None
@@ -49,7 +49,7 @@ def write_report(
         logger.warning("%s is not written: %s", file, place_of(error))
 
 
-def _explanations(scorer: ForValueScorer, scores: ForValueScores, dataset: Any) -> list[Explanation] | None:
+def explained(scorer: ForValueScorer, scores: ForValueScores, dataset: Any) -> list[Explanation] | None:
     """Of the worst and the best rows; None where the scores are not this model's by these validation rows, or where
     the weights are sharded: ranks that fail there cannot tell each other and go on."""
     if scorer.run.sharded or scorer.validation.dataset is None:
