@@ -96,7 +96,8 @@ def test_lines_say_what_there_is():
     lines = about_estimate(replace(found, seconds=400.0))
     assert lines[0] == "rows        60 by 40 validation rows (1 more cannot be scored)"
     assert lines[1] == f"tokens      {found.tokens:,} that the model reads"
-    assert lines[2].startswith("passes      8 (rows: first half of the validation rows 20, second half 20, ")
+    sizes = "rows: first half of the validation rows 20, second half 20, "
+    assert lines[2].startswith(f"passes      {len(found.passes)} ({sizes}")
     assert lines[3] == f"forwards    {found.forwards} over the rows to score, of at most 100 tokens"
     assert lines[4].startswith("memory      weights ")
     assert lines[5] == "time        about 6.7 min, at the pace of a few batches"
