@@ -199,13 +199,34 @@ def test_rows_with_prompts_of_another_kind_are_not_judged_and_kept():
 
 def test_answers_far_shorter_or_longer_are_not_judged():
     clean, copied, train = shifted()
-    train["length"][:10] += 20.0
+    train["length"][:10] -= 20.0
     values, _, judgements = scores_of(clean, copied, train)
     assert (values[:10] >= 0).all()
     assert all("shorter or longer" in why for why in judgements.why[:10])
-    copied["swapped"]["length"][:100] += 20.0  # as this kind of noise is, which is never taken for another
+    copied["swapped"]["length"][:100] -= 20.0  # as this kind of noise is, which is never taken for another
     values, _, judgements = scores_of(clean, copied, train)
     assert (values[:10] < 0).sum() >= 8
+
+
+def test_answers_longer_than_all_known_are_judged_where_a_single_measure_tells_the_noise():
+    def found(row_shift):
+        rng = np.random.default_rng(5)
+        clean, noise = drawn(rng, 200), drawn(rng, 200, shift=1.5)
+        noise["last token"] = noise["last token"] - row_shift
+        train = drawn(rng, 200, start=200)
+        bad = drawn(rng, 60, shift=1.5, start=400)
+        bad["last token"] = bad["last token"] - row_shift
+        train = {name: np.concatenate([train[name], bad[name]]) for name in train}
+        train["length"][200:230] += 20.0
+        train["length"][:5] += 20.0
+        return scores_of(clean, {"garbage": noise}, train)
+
+    (values, _, _), (by_many, _, judgements) = found(6.0), found(0.0)
+    assert (values[200:230] < 0).sum() >= 28
+    assert (values[:5] >= 0).all()
+    assert (by_many[200:230] >= 0).all()  # many measures tell it, each of them a little: of rows of known lengths only
+    assert (by_many[230:] < 0).sum() >= 20
+    assert all("shorter or longer" in why for why in judgements.why[200:230])
 
 
 @pytest.mark.parametrize(

@@ -198,13 +198,16 @@ class Weighing:
         return ValidationNoise(wrong, float(np.sqrt(wrong * (1 - wrong) / n)), tuple(rows), tuple(values))
 
     def _certain(self, log_p: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """Rows that look like a kind of noise that is hardly ever taken for another, and are as long as it is."""
+        """Rows that look like a kind of noise that is hardly ever taken for another, and are as long as it is; or
+        longer, where a single measure tells it so well: more of the same is no less of it."""
         likely = np.where(self.noisy, log_p, -np.inf).argmax(1)
         out = log_p[:, 0] - log_p[np.arange(len(log_p)), likely] < -CERTAIN_ODDS
         for k in np.flatnonzero(self.noisy).tolist():
             low, high = length_range(self.copies["length"][self.copies["class"] == k])
-            known = self._evidence_of(k).auc > CERTAIN_AUC
-            out &= (likely != k) | (known & (length >= low) & (length <= high))
+            evidence = self._evidence_of(k)
+            known = evidence.auc > CERTAIN_AUC
+            alone = (evidence.best_auc or 0.0) > CERTAIN_AUC
+            out &= (likely != k) | (known & (length >= low) & (alone | (length <= high)))
         return out
 
     def _evidence_of(self, k: int) -> Evidence:
