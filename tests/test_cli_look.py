@@ -89,6 +89,7 @@ def test_the_demo_says_how_much_it_found(capsys):
     assert dropped == 12
     assert found >= 9
     assert len(rows_of("d/kept.jsonl")) == 48
+    assert "forvalue select --data d/train.jsonl" in Path("d/report.html").read_text()
 
 
 def test_recipes_are_listed_and_started(monkeypatch, capsys):

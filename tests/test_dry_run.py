@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from forvalue_callbacks import (
+    TINY_MODEL,
     Drop,
     ForValueCallback,
     ForValueConfig,
@@ -26,9 +28,8 @@ def reports(monkeypatch):
     """What reports are made of, and pages of three letters in their place."""
     made = []
 
-    def report(self, path, dataset, validation=None, explanations=None, weights=None):
-        made.append({"scores": self, "dataset": dataset, "validation": validation, "weights": weights})
-        made[-1]["explanations"] = explanations
+    def report(self, path, dataset, **beside):
+        made.append({"scores": self, "dataset": dataset, **beside})
         path.write_text("htm")
 
     monkeypatch.setattr(ForValueScores, "report", report, raising=False)
@@ -103,6 +104,25 @@ def test_the_report_has_the_worst_and_best_rows_and_what_the_policy_would_do(tmp
         assert found.token_scores == pytest.approx(other.token_scores, rel=1e-9)
         assert [place for place, _ in found.opposing] == [place for place, _ in other.opposing]
     assert (tmp_path / REPORT_FILE).is_file()
+
+
+def test_the_report_shows_rows_of_token_ids_as_text_and_says_by_which_model_and_policy(tmp_path):
+    """As they are when SFTTrainer has prepared them."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    rows = [{"input_ids": (ids := tokenizer("the sky is blue " * i)["input_ids"]), "labels": ids} for i in range(1, 12)]
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(TINY_MODEL),
+        args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[ForValueCallback(rows[:4], "drop:0.25")],
+    )
+    trainer.train()
+    text = (tmp_path / REPORT_FILE).read_text()
+    assert "the sky is blue" in text
+    assert "drop:0.25" in text
+    assert str(TINY_MODEL) in text
 
 
 def test_a_report_changes_no_loss(tmp_path, reports):

@@ -42,12 +42,13 @@ def demo(argv: Sequence[str]) -> None:
         str(folder / "kept.jsonl"),
         str(folder / "trusted.jsonl"),
     )
+    report = str(folder / "report.html")
     print(
         f"forvalue select {given.data} --validation {given.validation} --model {given.model} "
-        f"--policy {options.policy} --out {given.out}",
+        f"--policy {options.policy} --out {given.out} --report {report}",
         flush=True,
     )
-    _, dropped = run_select(given, SelectOptions(policy=options.policy), ForValueConfig(method="auto"))
+    _, dropped = run_select(given, SelectOptions(policy=options.policy, report=report), ForValueConfig(method="auto"))
     noisy = train["is_noisy"]
     found = sum(noisy[row] for row in dropped)
     print(

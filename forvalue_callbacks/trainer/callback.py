@@ -186,7 +186,7 @@ class ForValueCallback(TrainerCallback):
         took = seconds if made_anew else None
         progress.say(lines(self.scores, chosen, self.policy, took, drawn=True, dry_run=self.dry_run))
         if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
-            write_report(args, scorer, self.scores, dataset, chosen)
+            write_report(args, scorer, self.scores, dataset, chosen, self.policy)
 
     def _refuse_another(self, state: TrainerState) -> None:
         """Callbacks cannot see each other: those of one trainer know it by the objects that it shows them all."""

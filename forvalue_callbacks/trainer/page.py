@@ -24,7 +24,12 @@ EXPLAINED = 20
 
 
 def write_report(
-    args: TrainingArguments, scorer: ForValueScorer, scores: ForValueScores, dataset: Any, weights: np.ndarray
+    args: TrainingArguments,
+    scorer: ForValueScorer,
+    scores: ForValueScores,
+    dataset: Any,
+    weights: np.ndarray,
+    policy: Any,
 ) -> None:
     """Writes `forvalue_report.html`, on the first rank; to be called on all, which explain rows together.
 
@@ -44,7 +49,15 @@ def write_report(
         return
     file, validation = folder_of(args) / REPORT_FILE, scorer.validation.dataset
     try:
-        scores.report(file, dataset, validation=validation, explanations=explanations, weights=weights)
+        scores.report(
+            file,
+            dataset,
+            validation=validation,
+            explanations=explanations,
+            weights=weights,
+            processing_class=scorer.run.reader.prepare.processing_class,
+            run={"model": scorer.backbone.causal.config.name_or_path or scorer.backbone.name, "policy": str(policy)},
+        )
     except Exception as error:
         logger.warning("%s is not written: %s", file, place_of(error))
 

@@ -114,7 +114,7 @@ def _prefilter(
     if policy.relabels:
         progress.say(f"relabelled  {len(others):,} of the kept rows have the answer of another row")
     if verbose:
-        write_report(args, scorer, scores, dataset, weights)
+        write_report(args, scorer, scores, dataset, weights, policy)
     return scores
 
 
