@@ -109,7 +109,8 @@ def test_the_report_has_the_worst_and_best_rows_and_what_the_policy_would_do(tmp
 def test_the_report_shows_rows_of_token_ids_as_text_and_says_by_which_model_and_policy(tmp_path):
     """As they are when SFTTrainer has prepared them."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    rows = [{"input_ids": (ids := tokenizer("the sky is blue " * i)["input_ids"]), "labels": ids} for i in range(1, 12)]
+    ids = [tokenizer("the sky is blue " * n)["input_ids"] for n in range(1, 12)]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
     trainer = Trainer(
         AutoModelForCausalLM.from_pretrained(TINY_MODEL),
         args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1),
