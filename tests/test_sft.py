@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import logging
 import subprocess
 import sys
@@ -15,7 +16,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM, LlavaProcessor
+from transformers import (
+    CLIPImageProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from helpers.tokenizers import EOS, build_tokenizer, chatml
@@ -327,6 +335,19 @@ def test_rows_need_trl_only_where_a_template_is_swapped():
 # ---- set-ups that cannot work ----
 
 
-def test_a_chat_template_may_come_with_the_row(tokenizer):
-    example = {"messages": chats()[0], "chat_template_kwargs": {"chat_template": chatml()}}
-    assert RowPreparer(build_tokenizer())(example).labels.tolist() == RowPreparer(tokenizer)(example).labels.tolist()
+def test_a_row_may_set_variables_of_the_template_and_nothing_else(tokenizer):
+    """Rows come from anywhere, and a template is a program."""
+    row, prepare = {"messages": chats()[0]}, RowPreparer(tokenizer)
+    shouted = prepare({**row, "chat_template_kwargs": {"shout": True}})
+    assert len(shouted.labels) > len(prepare(row).labels)
+    arguments = {
+        name
+        for kind in (PreTrainedTokenizerBase, ProcessorMixin)
+        for name in inspect.signature(kind.apply_chat_template).parameters
+        if name not in ("self", "kwargs", "documents")  # what there is to read is the row's
+    }
+    assert len(arguments) > 10
+    for name in arguments:
+        refused = prepare({**row, "chat_template_kwargs": {name: "{% for x in range(10**9) %}{% endfor %}"}})
+        assert f"'chat_template_kwargs' sets '{name}', which no row may" in refused.reason
+    assert "cannot be tokenised" in prepare({**row, "chat_template_kwargs": {"text": 1, "messages": 2}}).reason

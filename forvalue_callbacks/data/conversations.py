@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 from .reasons import SetUpError, UnscorableError
 
 ROLES = ("system", "user", "assistant", "tool")
+# What `apply_chat_template` is asked for: a row may set variables of the template, and nothing of these.
+NOT_THE_ROWS = {
+    *("conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("padding", "padding_side", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "sanitize_control_tokens", "processor_kwargs", "load_audio_from_video"),
+}
 
 
 def has_from_value(messages: Any) -> bool:
@@ -48,6 +55,27 @@ def messages_of(example: Mapping[str, Any], column: str) -> list[dict[str, Any]]
                 f"the content of message {i} of {column!r} is {kind}, not text: fill it or drop the row"
             )
     return messages
+
+
+def template_variables(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row sets for the chat template, with the tools that it may call.
+
+    Raises:
+        UnscorableError: it sets what is not the template's (rows come from anywhere, and a template is a program), or
+            what cannot be read.
+    """
+    extra, tools = example.get("chat_template_kwargs") or {}, example.get("tools")
+    try:
+        extra = {str(name): value for name, value in extra.items()}
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except (AttributeError, ValueError) as error:
+        raise UnscorableError("'tools' must be JSON and 'chat_template_kwargs' a mapping") from error
+    if taken := sorted(NOT_THE_ROWS & extra.keys()):
+        raise UnscorableError(
+            f"'chat_template_kwargs' sets {', '.join(map(repr, taken))}, which no row may: give the tokenizer its "
+            "chat_template, and the config its lengths"
+        )
+    return {"tools": tools, **extra}
 
 
 def _renamed(message: Any) -> Any:

@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .conversations import common_prefix_length, has_from_value, has_generation_markers, messages_of, refuse_unread
+from .conversations import (
+    common_prefix_length,
+    has_from_value,
+    has_generation_markers,
+    messages_of,
+    refuse_unread,
+    template_variables,
+)
 from .files import DataError, Source
 from .reasons import UnscorableError, place_of, printable
 from .sample import IGNORED, Sample
@@ -216,10 +223,9 @@ def with_answers_marked(form: Form, tokenizer: Any) -> Form:
 
 def _marked(row: Mapping[str, Any], column: str, tokenizer: Any, by_template: bool) -> Mapping[str, Any]:
     """Tokens of a conversation, those of the assistant's turns marked in 'assistant_masks'."""
-    messages, tools = row[column], row.get("tools")
+    messages = row[column]
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        render = partial(tokenizer.apply_chat_template, tools=tools, **row.get("chat_template_kwargs", {}))
+        render = partial(tokenizer.apply_chat_template, **template_variables(row))
         refuse_unread(messages, repr(column), partial(render, tokenize=False))
         whole = render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=by_template)
         ids = whole["input_ids"]

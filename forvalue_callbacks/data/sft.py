@@ -8,7 +8,6 @@ The rules are those of `SFTTrainer.__init__` (which columns decide, chat templat
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from .conversations import (
     in_parts,
     messages_of,
     refuse_unread,
+    template_variables,
     training_template,
 )
 from .reasons import SetUpError, UnscorableError, place_of, printable
@@ -335,22 +335,17 @@ class RowPreparer:
 
     def _template_options(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments for `apply_chat_template`, with the training template that `SFTTrainer` would swap in."""
-        extra, tools = example.get("chat_template_kwargs") or {}, example.get("tools")
         template = self.processing_class.chat_template
-        if template is None and "chat_template" not in extra:
+        if template is None:
             raise SetUpError("the tokenizer has no chat template, which conversations need: set its chat_template")
         if self._template is None:
             swapped = None
-            if self.config.assistant_only_loss and template is not None and not has_generation_markers(template):
+            if self.config.assistant_only_loss and not has_generation_markers(template):
                 swapped = training_template(self.processing_class)
             self._template = (swapped,)
-        try:
-            tools = json.loads(tools) if isinstance(tools, str) else tools
-            return {"chat_template": self._template[0], "tools": tools, **extra}
-        except (TypeError, ValueError) as error:
-            raise UnscorableError("'tools' must be JSON and 'chat_template_kwargs' a mapping") from error
+        return {"chat_template": self._template[0], **template_variables(example)}
 
-    def _tokens(self, source: str, text: str | list[Any], **options: Any) -> Mapping[str, Any]:
+    def _tokens(self, source: str, text: str | list[Any], /, **options: Any) -> Mapping[str, Any]:
         """Tokens of a text, or of messages through the chat template; a processor's batch of one is undone."""
         from transformers import ProcessorMixin  # takes seconds, which tokenised rows need not wait for
 
@@ -369,7 +364,7 @@ class RowPreparer:
             raise UnscorableError(f"{source} cannot be tokenised: {place_of(error)}") from error
         return {name: values[0] for name, values in tokens.items()} if processor else tokens
 
-    def _text_of(self, messages: list[Any], *, return_assistant_tokens_mask: bool = False, **options: Any) -> str:
+    def _text_of(self, messages: list[Any], /, *, return_assistant_tokens_mask: bool = False, **options: Any) -> str:
         """What the chat template makes of messages."""
         return self.processing_class.apply_chat_template(messages, tokenize=False, **options)
 
