@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # The models are tiny: processes side by side, one thread each.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test test-oldest beside clean
+.PHONY: demo test test-oldest attack beside clean
 
 demo: $(VENV)/.installed
 	$(RUN) recipes/demo.py
@@ -20,6 +20,10 @@ test: $(VENV)/.installed
 # what those versions warn of is no news.
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not newest" -o filterwarnings=default
+
+# The attacks of the suite at length.
+attack: $(VENV)/.installed
+	ATTACK=60 FORVALUE_KILLS=20 OMP_NUM_THREADS=1 $(RUN) $(PYTEST) tests/attack tests/test_cli_state.py
 
 # What would be installed beside other frameworks.
 beside: $(VENV)/.installed

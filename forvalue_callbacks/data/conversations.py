@@ -64,9 +64,9 @@ def template_variables(example: Mapping[str, Any]) -> dict[str, Any]:
         UnscorableError: it sets what is not the template's (rows come from anywhere, and a template is a program), or
             what cannot be read.
     """
-    extra, tools = example.get("chat_template_kwargs") or {}, example.get("tools")
+    extra, tools = example.get("chat_template_kwargs"), example.get("tools")
     try:
-        extra = {str(name): value for name, value in extra.items()}
+        extra = {} if extra is None else {str(name): value for name, value in extra.items()}
         tools = json.loads(tools) if isinstance(tools, str) else tools
     except (AttributeError, ValueError) as error:
         raise UnscorableError("'tools' must be JSON and 'chat_template_kwargs' a mapping") from error

@@ -149,6 +149,8 @@ class RowPreparer:
             return self._prepare(example)
         except UnscorableError as reason:
             return Row.unscorable(reason)
+        except Exception as error:  # rows come from anywhere, and one of them ends no run
+            return Row.unscorable(UnscorableError(f"the row cannot be read: {place_of(error)}"))
 
     def collated(self, example: Mapping[str, Any], batch: Mapping[str, Any]) -> Row:
         """The row that a data collator has made of an example: a batch of one, `input_ids` and `labels` (1, L).
