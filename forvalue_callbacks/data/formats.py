@@ -7,6 +7,7 @@ that, it is found turn by turn: it begins where the turns before it, with the te
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +97,8 @@ class FormedRows:
                 yield self.form.convert(row)
             except UnscorableError as reason:
                 yield Sample(i, (), row_hash(row), printable(str(reason)))
+            except Exception as error:  # lines come from anywhere, and one of them ends no run
+                yield Sample(i, (), row_hash(row), f"the row cannot be read: {place_of(error)}")
 
     def place(self, row: int) -> str:
         """Where one of these rows is found, for people."""
@@ -124,7 +127,27 @@ def form_of(
     columns = list(dict.fromkeys(column for row in first for column in row))
     if any(templates):
         return _of_templates(source, templates, columns)
-    known = {column: next((row[column] for row in first if row.get(column) is not None), None) for column in columns}
+    # What half of the rows have, so that an odd one does not decide; or what there is.
+    for least in (len(first) / 2, 1):
+        values = {column: [row[column] for row in first if row.get(column) is not None] for column in columns}
+        known = {column: _usual(there) for column, there in values.items() if len(there) >= least}
+        if (form := _known_form(known, text_column)) is not None:
+            return form
+    raise DataError(
+        f"{source.name}: no known form of rows (columns found: {', '.join(map(repr, columns[:12])) or 'none'}): give "
+        "'prompt' and 'completion', 'messages', 'conversations', 'instruction' and 'output', or 'input_ids'; name the "
+        "column of text by --text-column; or give --prompt-template '{question}\\n' --completion-template '{answer}'."
+    )
+
+
+def _usual(values: Sequence[Any]) -> Any:
+    """The first value of the most frequent type."""
+    usual = Counter(type(value) for value in values).most_common(1)[0][0]
+    return next(value for value in values if type(value) is usual)
+
+
+def _known_form(known: Mapping[str, Any], text_column: str) -> Form | None:
+    """By columns with a value of each."""
     if "input_ids" in known:
         return Form("tokenised", dict, (), tokenised=True)
     if {"prompt", "completion"} <= known.keys():
@@ -137,11 +160,7 @@ def form_of(
         return Form(ALPACA, _alpaca, ("output",), True)
     if text_column in known:
         return Form(f"text ({text_column!r})", dict, ())
-    raise DataError(
-        f"{source.name}: no known form of rows (columns found: {', '.join(map(repr, columns[:12])) or 'none'}): give "
-        "'prompt' and 'completion', 'messages', 'conversations', 'instruction' and 'output', or 'input_ids'; name the "
-        "column of text by --text-column; or give --prompt-template '{question}\\n' --completion-template '{answer}'."
-    )
+    return None
 
 
 def _of_templates(source: Source, templates: tuple[str | None, str | None], columns: Collection[str]) -> Form:
@@ -201,6 +220,8 @@ def _alpaca(row: Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(row.get(column), str):
             kind = "None" if row.get(column) is None else f"a {type(row[column]).__name__}"
             raise UnscorableError(f"{column!r} is {kind}, not text: fill it or drop the row")
+    if not isinstance(row.get("input") or "", str):
+        raise UnscorableError(f"'input' is a {type(row['input']).__name__}, not text: fill it or drop the row")
     asked = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
     before = [("system", row["system"])] if row.get("system") else []
     for question, answer in row.get("history") or []:  # as LLaMA-Factory has it

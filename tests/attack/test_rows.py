@@ -1,6 +1,7 @@
 """Rows of every form, with anything in any place: as many rows out as in, each with a score or a reason."""
 
 import copy
+import json
 import math
 import os
 import re
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
+from forvalue_callbacks.data.formats import FormedRows, form_of, with_answers_marked
+from forvalue_callbacks.data.sources import read
 from helpers.rows import FORMS, IDS
 from helpers.tokenizers import build_tokenizer, chatml
 
@@ -109,3 +112,50 @@ def test_no_row_ends_the_run_or_moves_the_score_of_another(rows, scorer, alone):
             assert 0 < len(reason) < 400
             assert SECRET not in reason
             assert not re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202e]", reason)
+
+
+# ---- files ----
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.sampled_from(["", "\ud800", "{x}", SECRET])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text", "a"]), inner),
+    ),
+    max_leaves=4,
+)
+FILES = {
+    "Alpaca": {"instruction": "what is", "input": "the sky", "output": "blue"},
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "what is the sky"}, {"from": "gpt", "value": "blue"}],
+        "system": "be kind",
+        "tools": "[]",
+    },
+    "messages": {"messages": [{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "blue"}]},
+    "prompt/completion": {"prompt": "the sky", "completion": " is blue"},
+    "text": {"text": "the sky is blue"},
+    "tokens": {"input_ids": IDS, "labels": [-100] * 4 + IDS[4:]},
+}
+
+
+@pytest.mark.parametrize("form", FILES)
+@settings(max_examples=4 * ATTACK, derandomize=ATTACK == 1, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_line_of_a_file_ends_the_run(form, data, scorer, tmp_path):
+    good, odd = FILES[form], []
+    for _ in range(5):
+        if data.draw(st.booleans()):
+            odd.append({**good, data.draw(st.sampled_from(EXTRA)): data.draw(JSON)})
+        else:
+            odd.append(put(good, data.draw(st.sampled_from(list(places(good))[1:])), data.draw(JSON)))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*[good] * 5, *odd, good]))
+    source = read(str(file))
+    formed = form_of(source, (None, None), "text")
+    if form != "tokens":
+        formed = with_answers_marked(formed, scorer.run.reader.prepare.processing_class)
+    scores = scorer.score(FormedRows(source, formed))
+    assert len(scores) == 11
+    assert np.isfinite(scores.values[[0, 1, 10]]).all()
+    assert len(set(scores.values[[0, 1, 10]].round(4))) == 1
+    assert not any(SECRET in reason for reason in scores.reasons if reason)
