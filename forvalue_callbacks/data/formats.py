@@ -128,7 +128,7 @@ def form_of(
     if any(templates):
         return _of_templates(source, templates, columns)
     # What half of the rows have, so that an odd one does not decide; or what there is.
-    for least in (len(first) / 2, 1):
+    for least in (len(first) / 2, 1, 0):
         values = {column: [row[column] for row in first if row.get(column) is not None] for column in columns}
         known = {column: _usual(there) for column, there in values.items() if len(there) >= least}
         if (form := _known_form(known, text_column)) is not None:
@@ -141,7 +141,9 @@ def form_of(
 
 
 def _usual(values: Sequence[Any]) -> Any:
-    """The first value of the most frequent type."""
+    """The first value of the most frequent type, None where there is none."""
+    if not values:
+        return None
     usual = Counter(type(value) for value in values).most_common(1)[0][0]
     return next(value for value in values if type(value) is usual)
 
