@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from forvalue_callbacks import ForValueScorer
 from forvalue_callbacks.policies import (
     Chain,
     Drop,
@@ -14,9 +15,12 @@ from forvalue_callbacks.policies import (
     as_policy,
     describe,
     effective_sample_size,
+    keep_in_turn,
     parse_policy,
 )
 from forvalue_callbacks.scores.judgements import Judgements
+from helpers.models import build_model
+from helpers.trainers import TRAIN, VALIDATION
 
 N = 203
 RNG = np.random.default_rng(0)
@@ -329,3 +333,41 @@ def test_what_relabel_refuses():
     for make in (lambda: Relabel().then(Drop(0.1)), lambda: Drop(0.1).then(Relabel())):
         with pytest.raises(ValueError, match="no part of a chain"):
             make()
+
+
+# ---- several aims ----
+
+
+def test_columns_choose_in_turn_and_none_of_them_twice():
+    scores = np.array([[9.0, 8.0], [8.0, 9.0], [7.0, 7.0], [1.0, 6.0], [np.nan, 5.0], [np.nan, np.nan]])
+    chosen = [np.flatnonzero(keep_in_turn(scores, n)).tolist() for n in (1, 2, 3, 4, 5, 50)]
+    assert chosen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    small_aim = np.column_stack([np.linspace(100, 1, 20), np.linspace(0, 1, 20)])
+    assert keep_in_turn(small_aim, 0.2).nonzero()[0].tolist() == [0, 1, 18, 19]  # the mean over columns: 0 to 3
+
+
+def test_of_rows_alike_one_is_kept():
+    scores = np.array([[5.0], [4.0], [3.0], [2.0], [1.0]])
+    assert keep_in_turn(scores, 3, alike=[[3, 4], [0, 1], [1, 3]]).nonzero()[0].tolist() == [0, 2]
+    assert keep_in_turn(scores, 4, alike=[range(5)]).sum() == 1
+
+
+def test_turns_by_pairs_of_a_scorer():
+    scorer = ForValueScorer(build_model(), VALIDATION, progress=False)
+    pairs = scorer.pairwise(TRAIN).numpy()
+    weights = keep_in_turn(pairs, len(VALIDATION))
+    assert weights.sum() == len(VALIDATION)
+    assert weights[np.argmax(pairs[:, 0])] == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "amount", "message"),
+    [
+        (np.zeros(3), 1, "a column for each validation row"),
+        (np.full((3, 2), np.nan), 1, "none of the 3 rows"),
+        (np.zeros((3, 1)), 0, "at least 1"),
+    ],
+)
+def test_what_cannot_take_turns_is_refused(scores, amount, message):
+    with pytest.raises(ValueError, match=message):
+        keep_in_turn(scores, amount)
