@@ -8,16 +8,19 @@ from torch.utils.data import Subset
 
 from forvalue_callbacks import (
     ForValueCallback,
+    ForValueScorer,
     ForValueScores,
     Keep,
     Relabel,
     Reweight,
     prefilter,
 )
+from forvalue_callbacks.data.packed import taken_apart
 from forvalue_callbacks.policies import Drop
 from forvalue_callbacks.scores.judgements import Judgements
 from forvalue_callbacks.tiny import instructions
 from helpers.models import build_model
+from helpers.oracles import relative
 from helpers.trainers import (
     TRAIN,
     VALIDATION,
@@ -41,6 +44,38 @@ def test_prefilter_shortens_the_data_set_and_the_run(tmp_path):
         prefilter(trainer, instructions(10, seed=1), Reweight(1.0))
     with pytest.raises(ValueError, match="validation_dataset"):
         prefilter(trainer)
+
+
+def test_packs_are_taken_apart_scored_row_by_row_and_packed_again(tmp_path, capfd, plain):
+    options = {"max_length": 64, "max_steps": -1, "num_train_epochs": 1}
+    alone = make_sft(tmp_path / "a", **options)
+    trainer = make_sft(tmp_path / "b", packing=True, padding_free=True, **options)
+    n_packs = len(trainer.train_dataset)
+    assert n_packs < 20
+    scores = prefilter(trainer, instructions(10, seed=1), Keep(16))
+    single = {tuple(row["input_ids"]): row for row in alone.train_dataset}
+    rows = ForValueScorer(
+        alone.model, instructions(10, seed=1), processing_class=alone.processing_class, progress=False
+    ).score(alone.train_dataset)
+    assert relative(np.sort(scores.values), np.sort(rows.values)) < 1e-5
+    best = np.argsort(-rows.values)[:16]
+    want = sorted(tuple(alone.train_dataset[int(i)]["input_ids"]) for i in best)
+    packs = trainer.train_dataset
+    kept = taken_apart(packs)
+    assert sorted(map(tuple, kept["input_ids"])) == want
+    for row in kept:  # what is learnt of each goes with it
+        for column in {"labels", "completion_mask"} & set(kept.column_names):
+            assert row[column] == single[tuple(row["input_ids"])][column]
+    assert max(map(sum, packs["seq_lengths"])) <= 64
+    assert f"packs       {n_packs} taken apart, {len(packs)} of what is kept" in capfd.readouterr().err
+    trainer.train()
+    assert trainer.state.global_step == -(-len(packs) // 8)
+
+
+def test_packs_that_cut_rows_are_refused(tmp_path):
+    trainer = make_sft(tmp_path, packing=True, packing_strategy="wrapped", max_length=64)
+    with pytest.raises(ValueError, match=r"'wrapped' cut rows in two.*'bfd'"):
+        prefilter(trainer, instructions(10, seed=1), Keep(16))
 
 
 class Rows(torch.utils.data.Dataset):

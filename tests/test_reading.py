@@ -184,8 +184,12 @@ PACKED = {"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}
 )
 @pytest.mark.parametrize("collator", [None, default_data_collator, tokens_only])
 def test_packs_are_recognised_before_anything_else(columns, collator):
-    with pytest.raises(ValueError, match="packed rows"):
-        scores_of([*ROWS, {**PACKED, **columns}], data_collator=collator)
+    pack = {**PACKED, **columns}
+    with pytest.raises(ValueError, match="no row can be scored: packed rows"):
+        scores_of([pack, pack], data_collator=collator)
+    scores = scores_of([*ROWS, pack], data_collator=collator)
+    assert np.isfinite(scores.values[:-1]).all()
+    assert scores.reasons[-1].startswith("packed rows")
 
 
 def test_one_row_that_needs_what_the_others_do_not_has_a_reason():

@@ -179,30 +179,35 @@ def test_what_no_row_may_have_is_a_reason_of_one_row(example, config, message, t
     assert re.search(message, row.reason)
 
 
-REFUSED = {
-    "packed": ({"input_ids": IDS, "seq_lengths": [6, 6]}, None, "packed rows .*'seq_lengths'.*score before packing"),
-    "cu_seq_lens": ({"input_ids": IDS, "cu_seq_lens_q": [0, 6]}, None, "packed rows .*'cu_seq_lens_q'"),
+PACKS = {
+    "packed": ({"input_ids": IDS, "seq_lengths": [6, 6]}, "packed rows .*'seq_lengths'.*score before packing"),
+    "cu_seq_lens": ({"input_ids": IDS, "cu_seq_lens_q": [0, 6]}, "packed rows .*'cu_seq_lens_q'"),
     "counted": (
         {"input_ids": IDS, "attention_mask": [1] * 6 + [2] * 6},
-        None,
         "packed rows .*'attention_mask' counts",
     ),
     "restart": (
         {"input_ids": IDS, "position_ids": [*range(6)] * 2},
-        None,
         "packed rows .*restart.*score before packing",
     ),
-    "restart-images": ({"input_ids": IDS, "images": ["x"], "position_ids": [*range(6)] * 2}, None, "packed rows"),
-    "single-tokens": ({"input_ids": [1, 2], "position_ids": [0, 0]}, None, "score before packing"),
+    "restart-images": ({"input_ids": IDS, "images": ["x"], "position_ids": [*range(6)] * 2}, "packed rows"),
+    "single-tokens": ({"input_ids": [1, 2], "position_ids": [0, 0]}, "score before packing"),
 }
 
 
-@pytest.mark.parametrize(("example", "config", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_set_up_that_cannot_work_raises(example, config, message, tokenizer):
-    for _ in range(2):
-        prepare = RowPreparer(tokenizer, config)
-        with pytest.raises(ValueError, match=message):
-            prepare(example)
+@pytest.mark.parametrize(("example", "message"), PACKS.values(), ids=PACKS)
+def test_a_pack_says_so(example, message, tokenizer):
+    row = RowPreparer(tokenizer)(example)
+    assert row.set_up
+    assert re.search(message, row.reason)
+
+
+def test_a_row_of_a_padding_free_batch_is_a_row(tokenizer):
+    row = {"input_ids": IDS, "labels": [-100] * 4 + IDS[4:]}
+    assert (
+        RowPreparer(tokenizer)({**row, "seq_lengths": [len(IDS)]}).labels.tolist()
+        == RowPreparer(tokenizer)(row).labels.tolist()
+    )
 
 
 @pytest.mark.parametrize("form", ["text", "prompt-completion", "messages", "conversations"])

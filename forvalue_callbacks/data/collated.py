@@ -64,7 +64,7 @@ class Collating:
         """One example, left as it is; a `Row` with a reason where it cannot be scored.
 
         Raises:
-            ValueError: packed rows, and what `RowPreparer` raises.
+            ValueError: what `RowPreparer` raises.
         """
         try:
             return self._read(example)

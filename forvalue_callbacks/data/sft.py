@@ -27,6 +27,7 @@ from .conversations import (
     template_variables,
     training_template,
 )
+from .packed import LENGTHS
 from .reasons import SetUpError, UnscorableError, place_of, printable
 from .sample import IGNORED
 
@@ -136,16 +137,13 @@ class RowPreparer:
 
         `set_up` is true where the reason is one of the set-up, if all rows have such: no known column, images, raw
         rows without a tokenizer (or one without EOS or chat template), `assistant_only_loss` without a conversation or
-        a template with generation markers.
-
-        Raises:
-            ValueError: packed rows.
+        a template with generation markers, packed rows.
         """
         if not isinstance(example, Mapping):
             name = type(example).__name__
             return Row.unscorable(SetUpError(f"the row is a {name}: make it a mapping from columns to values"))
-        refuse_packed(example)
         try:
+            refuse_packed(example)
             return self._prepare(example)
         except UnscorableError as reason:
             return Row.unscorable(reason)
@@ -158,10 +156,9 @@ class RowPreparer:
         Truncated where the example was tokenised already, since `SFTTrainer` truncates before it collates; what a
         collator makes of raw rows is trained on as it is.
         """
-        refuse_packed(
-            batch_row := {column: batch[column][0] for column in TOKEN_COLUMNS if batch.get(column) is not None}
-        )
+        batch_row = {column: batch[column][0] for column in TOKEN_COLUMNS if batch.get(column) is not None}
         try:
+            refuse_packed(batch_row)
             ids, labels, _ = self._labelled(batch_row, batch_row)
             truncated = "input_ids" in example
             row = self._checked(ids, labels, "'labels' of the data_collator", truncated=truncated)
@@ -383,9 +380,12 @@ def _is_empty(images: Any) -> bool:
 
 
 def refuse_packed(example: Mapping[str, Any]) -> None:
-    """Raises ValueError for a row that holds several samples, told by columns that packing leaves."""
-    lengths = [column for column in example if str(column).startswith(("seq_lengths", "cu_seq"))]
-    why = next((f"{column!r}" for column in lengths if example[column] is not None), None)
+    """Raises SetUpError for a row that holds several samples, told by columns that packing leaves."""
+    why = None
+    for column in example:
+        if str(column).startswith((LENGTHS, "cu_seq")) and example[column] is not None:
+            one = str(column) == LENGTHS and np.size(example[column]) == 1  # a row of a padding-free batch
+            why = why if one else repr(column)
     mask, positions = (_numbers(example.get(column)) for column in ("attention_mask", "position_ids"))
     if mask is not None and (mask > 1).any():
         why = "'attention_mask' counts samples"
@@ -395,7 +395,7 @@ def refuse_packed(example: Mapping[str, Any]) -> None:
         if (np.diff(positions) <= 0).any():
             why = "'position_ids' restart"
     if why is not None:
-        raise ValueError(f"packed rows ({why}; {columns_of(example)}): score before packing.")
+        raise SetUpError(f"packed rows ({why}; {columns_of(example)}): score before packing")
 
 
 def _numbers(value: Any) -> np.ndarray | None:

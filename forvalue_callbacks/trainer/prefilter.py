@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from ..config import ForValueConfig
 from ..data.formats import with_answer_of
+from ..data.packed import LENGTHS, has_packs, packed_again, taken_apart
 from ..model.ranks import together
 from ..policies import Policy, Relabel, as_policy
 from ..progress import speaking
@@ -37,7 +38,8 @@ def prefilter(
 ) -> ForValueScores:
     """Shorten `trainer.train_dataset` to the rows that the policy keeps; call it before `trainer.train()`.
 
-    Unlike `ForValueCallback`, which keeps the number of steps, training then takes fewer steps.
+    Unlike `ForValueCallback`, which keeps the number of steps, training then takes fewer steps. Packed rows are taken
+    apart, scored row by row, and what is kept is packed again (`packing=True` with the strategy 'bfd').
 
     Args:
         validation_dataset: clean rows; the trainer's `eval_dataset` by default (its loss is then no longer an
@@ -72,7 +74,9 @@ def _prefilter(
     dry_run: bool,
 ) -> ForValueScores:
     args, dataset = trainer.args, trainer.train_dataset
-    refuse_trainer(args, dataset)
+    refuse_trainer(args, dataset, packs=True)
+    n_packs, longest = _packs(args, dataset)
+    dataset = taken_apart(dataset) if n_packs else dataset
     refuse_policy(policy, config.gives_log_odds)
     if policy.reweights:
         raise ValueError(_WEIGHTS.format(policy))
@@ -88,6 +92,8 @@ def _prefilter(
         if validation_dataset is None or isinstance(validation_dataset, dict):
             raise ValueError("prefilter needs a validation_dataset: the trainer has no single eval_dataset.")
         logger.warning("selecting rows by the trainer's eval_dataset: its loss no longer measures the result fairly")
+    if has_packs(validation_dataset):
+        validation_dataset = taken_apart(validation_dataset)
     progress = progress_of(args, verbose)
     started = time.perf_counter()
     scorer = ForValueScorer(
@@ -109,13 +115,25 @@ def _prefilter(
     if not dry_run:
         changed = {row: with_answer_of(dataset[row], dataset[other]) for row, other in others.items()}
         places = np.flatnonzero(weights)
-        trainer.train_dataset = _changed(shorten(places), [changed.get(place) for place in places.tolist()])
+        kept = _changed(shorten(places), [changed.get(place) for place in places.tolist()])
+        trainer.train_dataset = packed_again(kept, longest) if n_packs else kept
     progress.say(lines(scores, weights, policy, seconds, drawn=False, dry_run=dry_run))
+    if n_packs and not dry_run:
+        progress.say(f"packs       {n_packs:,} taken apart, {len(trainer.train_dataset):,} of what is kept")
     if policy.relabels:
         progress.say(f"relabelled  {len(others):,} of the kept rows have the answer of another row")
     if verbose:
         write_report(args, scorer, scores, dataset, weights, policy)
     return scores
+
+
+def _packs(args: Any, dataset: Any) -> tuple[int, int]:
+    """How many packs of several rows there are, and tokens in the longest; none: 0, 0."""
+    if has_packs(dataset):
+        return len(dataset), max(map(sum, dataset[LENGTHS]))
+    if getattr(args, "packing", False) and LENGTHS not in dataset.column_names:
+        raise ValueError(_WRAPPED)
+    return 0, 0
 
 
 def _changed(dataset: Any, rows: Sequence[Any]) -> Any:
@@ -129,4 +147,8 @@ def _changed(dataset: Any, rows: Sequence[Any]) -> Any:
     )
 
 
+_WRAPPED = (
+    "packs of packing_strategy='wrapped' cut rows in two where they end, so that no row can be dropped: set "
+    "packing_strategy='bfd', whose packs are taken apart and packed again, or filter before packing."
+)
 _WEIGHTS = "{} weights rows, and prefilter can only keep or drop them: use ForValueCallback."

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, Subset
 
+from ..data.packed import has_packs
 from ..data.reading import examples_of
 from ..policies import Policy
 from ..scores.scores import ForValueScores
@@ -39,8 +40,9 @@ _OTHER_ROWS = {
 }
 
 
-def refuse_trainer(args: Any, dataset: Any) -> None:
-    """Raises ValueError for a trainer whose training rows are none, streamed, packed or no labelled answers."""
+def refuse_trainer(args: Any, dataset: Any, packs: bool = False) -> None:
+    """Raises ValueError for a trainer whose training rows are none, streamed or no labelled answers; or packed, unless
+    `packs` may be."""
     columns = getattr(dataset, "column_names", None) or ()
     config = next((cls.__name__ for cls in type(args).__mro__ if cls.__name__ in _OTHER_ROWS), None)
     pairs = all(any(column.startswith(side) for column in columns) for side in ("chosen", "rejected"))
@@ -59,10 +61,10 @@ def refuse_trainer(args: Any, dataset: Any) -> None:
         )
     if len(dataset) == 0:
         raise ValueError("there are no training rows to score: the trainer's train_dataset is empty.")
-    if getattr(args, "packing", False) or "seq_lengths" in columns:
+    if not packs and (getattr(args, "packing", False) or has_packs(dataset)):
         raise ValueError(
-            "packed rows hold several samples each and cannot be dropped: score before packing with "
-            "ForValueTransform (dataset.map, then filter), or set packing=False."
+            "packed rows hold several samples each, which cannot be drawn one by one: prefilter(trainer, validation, "
+            "policy) takes the packs apart and packs what it keeps; or set packing=False."
         )
 
 

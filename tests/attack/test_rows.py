@@ -45,7 +45,7 @@ ODD = st.recursive(
     max_leaves=5,
 )
 EXTRA = [
-    "input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks",
+    "input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths",
     "token_type_ids", "images", "image", "pixel_values", "messages", "prompt", "completion", "text", "tools",
     "chat_template", "chat_template_kwargs", "label", "chosen", "rejected", "conversations", "max_length",
 ]  # fmt: skip
