@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .tiny import TINY_MODEL
     from .trainer.callback import ForValueCallback
     from .trainer.prefilter import prefilter
+    from .trainer.sampler import ResamplingSampler, install_sampler
+    from .trainer.value import value
     from .transform import ForValueTransform
 
 __version__ = "0.2.0"
@@ -26,9 +28,12 @@ _HOME = {
     "ForValueTransform": "transform",
     "Keep": "policies",
     "Relabel": "policies",
+    "ResamplingSampler": "trainer.sampler",
     "Reweight": "policies",
     "Threshold": "policies",
+    "install_sampler": "trainer.sampler",
     "prefilter": "trainer.prefilter",
+    "value": "trainer.value",
 }
 
 __all__ = [
@@ -41,9 +46,12 @@ __all__ = [
     "ForValueTransform",
     "Keep",
     "Relabel",
+    "ResamplingSampler",
     "Reweight",
     "Threshold",
+    "install_sampler",
     "prefilter",
+    "value",
 ]
 
 

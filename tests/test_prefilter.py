@@ -42,8 +42,10 @@ def test_prefilter_shortens_the_data_set_and_the_run(tmp_path):
     assert trainer.state.global_step == 2
     with pytest.raises(ValueError, match=r"reweight.*ForValueCallback"):
         prefilter(trainer, instructions(10, seed=1), Reweight(1.0))
-    with pytest.raises(ValueError, match="validation_dataset"):
+    with pytest.raises(ValueError, match="validation_dataset, or the trainer an eval_dataset"):
         prefilter(trainer)
+    with pytest.raises(ValueError, match="'gradient' needs a validation_dataset"):
+        prefilter(trainer, None)
 
 
 def test_packs_are_taken_apart_scored_row_by_row_and_packed_again(tmp_path, capfd, plain):

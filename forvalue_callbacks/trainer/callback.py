@@ -21,6 +21,7 @@ from ..report.words import lines, numbers
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
 from ..scores.writer import remove_parts
+from .evaluation import refuse_other_text, trainer_of, validation_rows
 from .page import write_report
 from .refusals import groups_of, refuse_other_rows, refuse_policy, refuse_trainer
 from .sampler import INSTEAD, find_sampler, install_sampler
@@ -53,7 +54,9 @@ class ForValueCallback(TrainerCallback):
 
     Args:
         validation_dataset: clean rows of the kind that the model should become good at, in any form that the scorer
-            takes; prepared by the trainer's own settings (`max_length`, `completion_only_loss`, ...).
+            takes; prepared by the trainer's own settings (`max_length`, `completion_only_loss`, ...). Or "eval": the
+            trainer's own `eval_dataset` as it has prepared it ("eval:NAME" where it has several); its loss is then no
+            longer an independent measure of the result.
         policy: scores to weights, as a `Policy` or its text ("drop:auto"); `Drop(0.2)` by default.
         config: `ForValueConfig`; `forward_dtype` is the trainer's precision if not given.
         scores: scores of exactly the trainer's training rows, or the path of their file, in place of scoring.
@@ -67,15 +70,16 @@ class ForValueCallback(TrainerCallback):
         TypeError: a policy or config that is none.
         ValueError: (from `trainer.train()`, before any row is scored) packed rows, streaming data, rows that are no
             labelled answers (DPO, GRPO, ...), a loader that cannot draw by weight, `Drop("auto")` without log odds,
-            groups that do not fit, scores of other rows, an output folder that cannot be written, a second
-            `ForValueCallback`, a model whose head cannot be described; (once scored) a policy that drops all.
+            no evaluation rows for "eval", groups that do not fit, scores of other rows, an output folder that cannot
+            be written, a second `ForValueCallback`, a model whose head cannot be described; (once scored) a policy
+            that drops all.
     """
 
     _living: ClassVar[WeakSet[ForValueCallback]] = WeakSet()
 
     def __init__(
         self,
-        validation_dataset: Iterable[Mapping[str, Any]],
+        validation_dataset: Iterable[Mapping[str, Any]] | str,
         policy: Policy | str | None = None,
         config: ForValueConfig | None = None,
         *,
@@ -84,6 +88,7 @@ class ForValueCallback(TrainerCallback):
         verbose: bool = True,
         dry_run: bool = False,
     ):
+        refuse_other_text(validation_dataset)
         self.validation_dataset = kept(validation_dataset)
         self.policy = as_policy(policy)
         self.config = checked_config(config)
@@ -150,7 +155,7 @@ class ForValueCallback(TrainerCallback):
         made_anew, started = False, time.perf_counter()
         scorer = ForValueScorer(
             model,
-            self.validation_dataset,
+            self._validation(state),
             **settings_of(args, self.config, train_dataloader.collate_fn),
             processing_class=processing_class,
             data_collator=train_dataloader.collate_fn,
@@ -187,6 +192,10 @@ class ForValueCallback(TrainerCallback):
         progress.say(lines(self.scores, chosen, self.policy, took, drawn=True, dry_run=self.dry_run))
         if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
             write_report(args, scorer, self.scores, dataset, chosen, self.policy)
+
+    def _validation(self, state: TrainerState) -> Any:
+        rows: Any = self.validation_dataset
+        return validation_rows(rows, trainer_of(state)) if isinstance(rows, str) else rows
 
     def _refuse_another(self, state: TrainerState) -> None:
         """Callbacks cannot see each other: those of one trainer know it by the objects that it shows them all."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,16 +18,15 @@ from ..progress import speaking
 from ..report.words import lines
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
+from .evaluation import EVAL, validation_rows
 from .page import write_report
 from .refusals import groups_of, refuse_policy, refuse_trainer, shortener
 from .settings import apply_policy, checked_config, progress_of, scores_file, settings_of, warn_of_unscored
 
-logger = logging.getLogger(__name__)
-
 
 def prefilter(
     trainer: Trainer,
-    validation_dataset: Iterable[Mapping[str, Any]] | None = None,
+    validation_dataset: Iterable[Mapping[str, Any]] | str | None = EVAL,
     policy: Policy | str | None = None,
     config: ForValueConfig | None = None,
     *,
@@ -42,8 +40,7 @@ def prefilter(
     apart, scored row by row, and what is kept is packed again (`packing=True` with the strategy 'bfd').
 
     Args:
-        validation_dataset: clean rows; the trainer's `eval_dataset` by default (its loss is then no longer an
-            independent measure of the result).
+        validation_dataset: as for `ForValueCallback`; None where there are none and answers repeat.
         policy, groups, verbose: as for `ForValueCallback`. Policies that weight rows (`Reweight`) need the callback;
             `Relabel`, which gives rows other answers, needs this.
         dry_run: score, report, and leave all rows where they are; it is said what the policy would drop.
@@ -87,13 +84,7 @@ def _prefilter(
             f"{policy} gives rows other answers, which a {type(dataset).__name__} bears not: make it a list."
         )
     file = scores_file(args)
-    if validation_dataset is None:
-        validation_dataset = trainer.eval_dataset
-        if validation_dataset is None or isinstance(validation_dataset, dict):
-            raise ValueError("prefilter needs a validation_dataset: the trainer has no single eval_dataset.")
-        logger.warning("selecting rows by the trainer's eval_dataset: its loss no longer measures the result fairly")
-    if has_packs(validation_dataset):
-        validation_dataset = taken_apart(validation_dataset)
+    validation_dataset = validation_rows(validation_dataset, trainer)
     progress = progress_of(args, verbose)
     started = time.perf_counter()
     scorer = ForValueScorer(

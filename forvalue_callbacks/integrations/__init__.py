@@ -1,0 +1,1 @@
+"""Ways into other frameworks, each imported by its framework only."""
