@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.machinery
+import inspect
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,14 +29,17 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "forvalue_callbacks" / "tiny" / "model"
 METHOD, POLICY = "fitted_likelihood", "drop:0.25"
+N, KEPT = 160, 120
 Run = tuple[Path, list[Any], list[Any]]  # folder of the scores, training and validation rows as they are prepared
+# Its name, how it is done, and how many rows of batches the model is to be trained on; None: packs.
+Way = tuple[str, Callable[[], Run], int | None]
 
 
 def write(folder: Path) -> list[bool]:
     """Noisy and clean rows as `train.jsonl` and `clean.jsonl`; which of the noisy ones are wrong."""
     from forvalue_callbacks.tiny import instructions
 
-    noisy = instructions(160, seed=0, noise=0.25)
+    noisy = instructions(N, seed=0, noise=0.25)
     for name, rows in (("train", noisy), ("clean", instructions(90, seed=1))):
         lines = [json.dumps({"prompt": row["prompt"], "completion": row["completion"]}) for row in rows]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -55,7 +60,7 @@ def watched() -> Iterator[list[list[int]]]:
             seen.extend(ids.tolist())
         return forward(self, *args, **kwargs)
 
-    noting.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    noting.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     LlamaForCausalLM.forward = noting
     try:
         yield seen
@@ -80,7 +85,7 @@ def stand_in(*names: str) -> None:
 # ---- each framework: the ways in which it trains ----
 
 
-def axolotl(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
+def axolotl(folder: Path) -> Iterator[Way]:
     stand_in("posthog")
     import yaml
     from axolotl.cli.config import load_cfg
@@ -97,7 +102,9 @@ def axolotl(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
             "plugins": ["forvalue_callbacks.integrations.axolotl.ForValuePlugin"],
             "forvalue": {"method": METHOD, "policy": POLICY},
             "datasets": [{"path": str(folder / "train.jsonl"), "ds_type": "json", "type": form}],
-            "test_datasets": [{"path": str(folder / "clean.jsonl"), "ds_type": "json", "type": form, "split": "train"}],
+            "test_datasets": [
+                {"path": str(folder / "clean.jsonl"), "ds_type": "json", "type": form, "split": "train"}
+            ],
             "dataset_prepared_path": str(folder / f"prepared-{packing}"),
             "output_dir": str(out),
             "sequence_len": 256,
@@ -124,11 +131,11 @@ def axolotl(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
         found = load_datasets(cfg=load_cfg(str(file)))
         return out, list(found.train_dataset), list(found.eval_dataset)
 
-    yield "rows", lambda: run(False)
-    yield "sample_packing", lambda: run(True)
+    yield "rows", lambda: run(False), KEPT
+    yield "sample_packing", lambda: run(True), None
 
 
-def llamafactory(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
+def llamafactory(folder: Path) -> Iterator[Way]:
     stand_in("torchaudio")
     from forvalue_callbacks.integrations.llamafactory import AS_THEY_ARE, UNPACKED, Rows, main
 
@@ -167,14 +174,15 @@ def llamafactory(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
         changes = UNPACKED, {**UNPACKED, **AS_THEY_ARE, "dataset": "clean"}
         return out, *(list(Rows(settings, change).prepared()) for change in changes)
 
-    yield "rows", run
-    yield "packing", lambda: run(packing=True)
-    yield "neat_packing", lambda: run(packing=True, neat_packing=True)
+    yield "rows", run, KEPT
+    yield "packing", lambda: run(packing=True), None
+    yield "neat_packing", lambda: run(packing=True, neat_packing=True), None
 
 
-def swift(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
+def swift(folder: Path) -> Iterator[Way]:
     from swift.arguments import SftArguments
     from swift.callbacks import TrainerCallback, callbacks_map
+    from swift.dataset import PackingDataset
     from swift.pipelines import sft_main
 
     os.environ |= {"FORVALUE_METHOD": METHOD, "FORVALUE_POLICY": POLICY}
@@ -184,9 +192,9 @@ def swift(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
 
     class Look(TrainerCallback):
         def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-            rows = self.trainer.train_dataset
-            made["train"] = list(rows.dataset) if hasattr(rows, "packed_idx") else [rows[i] for i in range(len(rows))]
-            made["clean"] = [self.trainer.eval_dataset[i] for i in range(len(self.trainer.eval_dataset))]
+            for name, rows in (("train", self.trainer.train_dataset), ("clean", self.trainer.eval_dataset)):
+                rows = rows.dataset if isinstance(rows, PackingDataset) else rows
+                made[name] = [rows[i] for i in range(len(rows))]
 
     callbacks_map["look"] = Look
 
@@ -199,15 +207,16 @@ def swift(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
             --columns {{"prompt":"query","completion":"response"}} --dataset_shuffle false --val_dataset_shuffle false
             --max_length 256 --output_dir {out} --add_version false --per_device_train_batch_size 4
             --gradient_accumulation_steps 1 --num_train_epochs 1 --learning_rate 0.001 --logging_steps 1
-            --save_strategy no --eval_strategy no --report_to none --use_cpu true --load_from_cache_file false"""
+            --save_strategy no --eval_strategy no --report_to none --use_cpu true --fp16 false --bf16 false
+            --load_from_cache_file false"""
         sft_main([*given.split(), *more])
         return out, made["train"], made["clean"]
 
-    yield "rows", run
-    yield "packing", lambda: run("--packing", "true")
+    yield "rows", run, KEPT
+    yield "packing", lambda: run("--packing", "true"), None
 
 
-def lightning(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
+def lightning(folder: Path) -> Iterator[Way]:
     import torch
     from datasets import load_dataset
     from lightning.pytorch import LightningModule, Trainer
@@ -221,7 +230,9 @@ def lightning(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def tokenized(row: dict[str, str]) -> dict[str, list[int]]:
-        prompt, answer = (tokenizer(row[name], add_special_tokens=False).input_ids for name in ("prompt", "completion"))
+        prompt, answer = (
+            tokenizer(row[name], add_special_tokens=False).input_ids for name in ("prompt", "completion")
+        )
         answer = [*answer, tokenizer.eos_token_id]
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
@@ -256,15 +267,15 @@ def lightning(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
         trainer.fit(Module(workers).train())
         return folder, list(rows("train")), list(rows("clean"))
 
-    yield "one loader", lambda: run(0, 0)
-    yield "reloaded", lambda: run(0, 1)
-    yield "workers", lambda: run(2, 0)
+    yield "one loader", lambda: run(0, 0), 2 * N
+    yield "reloaded", lambda: run(0, 1), 2 * N
+    yield "workers", lambda: run(2, 0), 2 * N
 
 
 INSIDE = {"axolotl": axolotl, "llamafactory": llamafactory, "ms-swift": swift, "lightning": lightning}
 
 
-def outcome(way: Callable[[], Run], noisy: list[bool]) -> tuple[bool, str]:
+def outcome(way: Callable[[], Run], noisy: list[bool], n_trained: int | None) -> tuple[bool, str]:
     """Whether a way of training keeps what it promises, and what came out."""
     import numpy as np
     import torch
@@ -272,24 +283,23 @@ def outcome(way: Callable[[], Run], noisy: list[bool]) -> tuple[bool, str]:
 
     from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueScores
     from forvalue_callbacks.policies import as_policy
-    from forvalue_callbacks.scores.provenance import differing
 
     with watched() as batches:
         folder, rows, validation = way()
     scores = ForValueScores.load(folder / "forvalue_scores.parquet")
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    again = ForValueScorer(model, validation, ForValueConfig(method=METHOD), progress=False).score(rows)
-    want = again.values
-    other = differing(scores.metadata["provenance"], again.metadata["provenance"])
-    print({k: (scores.metadata[k], again.metadata[k]) for k in again.metadata if scores.metadata.get(k) != again.metadata[k]}, file=sys.stderr)
+    want = ForValueScorer(model, validation, ForValueConfig(method=METHOD), progress=False).score(rows).values
     apart = float(np.abs(scores.values - want).max() / np.abs(want).max())
     kept = as_policy(POLICY)(scores.values) > 0
     there = np.array(holds(batches, [list(row["input_ids"]) for row in rows]))
     caught = int((np.array(noisy) & ~kept).sum())
     found = f"{(~kept).sum()} of {len(rows)} rows dropped, {caught} of {sum(noisy)} noisy ones among them; "
-    found += f"trained on {there[kept].sum()} of {kept.sum()} kept and {there[~kept].sum()} dropped rows; "
-    found += f"scores within {apart:.0e} of ForValueScorer's" + (f", other {other}" if other else "")
-    return bool(caught > sum(noisy) / 2 and (there == kept).all() and apart < 1e-6), found
+    packs = "packs" if n_trained is None else "rows"
+    found += f"trained on {len(batches)} {packs}, {there[kept].sum()} of {kept.sum()} kept and {there[~kept].sum()} "
+    found += "dropped ones in them; "
+    found += f"scores within {apart:.0e} of ForValueScorer's"
+    right = len(rows) == N and caught > sum(noisy) / 2 and (there == kept).all() and apart < 1e-6
+    return bool(right and n_trained in (None, len(batches))), found
 
 
 def main() -> int:
@@ -308,12 +318,10 @@ def main() -> int:
     failed, results = 0, []
     with tempfile.TemporaryDirectory() as name:
         noisy = write(Path(name))
-        for way, run in INSIDE[options.framework](Path(name)):
+        for way, run, n_trained in INSIDE[options.framework](Path(name)):
             try:
-                right, text = outcome(run, noisy)
+                right, text = outcome(run, noisy, n_trained)
             except Exception as error:
-                import traceback
-
                 traceback.print_exc()
                 right, text = False, f"{type(error).__name__}: {error}"
             failed += not right
