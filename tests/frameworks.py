@@ -198,9 +198,12 @@ def swift(folder: Path) -> Iterator[Way]:
 
     callbacks_map["look"] = Look
 
-    def run(*more: str) -> Run:
+    plugin = folder / "plugin.py"
+    plugin.write_text("import forvalue_callbacks.integrations.swift\n")
+    itself = ROOT / "forvalue_callbacks" / "integrations" / "swift.py"
+
+    def run(plugin: Path, *more: str) -> Run:
         out = folder / f"out-{len(more)}"
-        plugin = ROOT / "forvalue_callbacks" / "integrations" / "swift.py"
         given = f"""--model {MODEL} --model_type llama --template dummy --tuner_type full --torch_dtype float32
             --external_plugins {plugin} --callbacks look forvalue
             --dataset {folder / "train.jsonl"} --val_dataset {folder / "clean.jsonl"} --split_dataset_ratio 0
@@ -212,8 +215,8 @@ def swift(folder: Path) -> Iterator[Way]:
         sft_main([*given.split(), *more])
         return out, made["train"], made["clean"]
 
-    yield "rows", run, KEPT
-    yield "packing", lambda: run("--packing", "true"), None
+    yield "rows", lambda: run(plugin), KEPT
+    yield "packing", lambda: run(itself, "--packing", "true"), None
 
 
 def lightning(folder: Path) -> Iterator[Way]:
