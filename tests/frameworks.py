@@ -31,8 +31,8 @@ MODEL = ROOT / "forvalue_callbacks" / "tiny" / "model"
 METHOD, POLICY = "fitted_likelihood", "drop:0.25"
 N, KEPT = 160, 120
 Run = tuple[Path, list[Any], list[Any]]  # folder of the scores, training and validation rows as they are prepared
-# Its name, how it is done, and how many rows of batches the model is to be trained on; None: packs.
-Way = tuple[str, Callable[[], Run], int | None]
+# Its name, how it is done, and how many rows of batches are to be trained on (None: packs; text: why it is refused).
+Way = tuple[str, Callable[[], Any], int | str | None]
 
 
 def write(folder: Path) -> list[bool]:
@@ -95,7 +95,7 @@ def axolotl(folder: Path) -> Iterator[Way]:
     form = {"field_instruction": "prompt", "field_output": "completion"}
     form |= {"format": "{instruction}", "no_input_format": "{instruction}"}
 
-    def run(packing: bool) -> Run:
+    def run(packing: bool, **changes: Any) -> Run:
         out = folder / f"out-{packing}"
         settings = {
             "base_model": str(MODEL),
@@ -124,6 +124,7 @@ def axolotl(folder: Path) -> Iterator[Way]:
             "logging_steps": 1,
             "save_strategy": "no",
             "dataset_num_proc": 1,
+            **changes,
         }
         file = folder / f"axolotl-{packing}.yaml"
         file.write_text(yaml.dump(settings))
@@ -133,18 +134,22 @@ def axolotl(folder: Path) -> Iterator[Way]:
 
     yield "rows", lambda: run(False), KEPT
     yield "sample_packing", lambda: run(True), None
+    yield "no log odds", lambda: run(False, forvalue={"policy": "drop:auto"}), "needs scores that are log odds"
+    yield "a key misspelt", lambda: run(False, forvalue={"polcy": "drop:0.1"}), "polcy"
+    yield "no clean rows", lambda: run(False, test_datasets=[]), "name them as test_datasets"
 
 
 def llamafactory(folder: Path) -> Iterator[Way]:
     stand_in("torchaudio")
     from forvalue_callbacks.integrations.llamafactory import AS_THEY_ARE, UNPACKED, Rows, main
 
+    given = ["forvalue_dataset=clean", f"forvalue_method={METHOD}", f"forvalue_policy={POLICY}"]
     columns = {"prompt": "prompt", "response": "completion"}
     info = {name: {"file_name": f"{name}.jsonl", "columns": columns} for name in ("train", "clean")}
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
-    def run(**packing: bool) -> Run:
-        out = folder / f"out-{len(packing)}"
+    def run(*more: str, **changes: Any) -> Run:
+        out = folder / f"out-{len(changes)}"
         settings = {
             "model_name_or_path": str(MODEL),
             "stage": "sft",
@@ -164,12 +169,11 @@ def llamafactory(folder: Path) -> Iterator[Way]:
             "save_strategy": "no",
             "report_to": "none",
             "use_cpu": True,
-            **packing,
+            **changes,
         }
         file = folder / "train.yaml"
         file.write_text(json.dumps(settings))  # which is YAML
-        sys.argv = ["forvalue-llamafactory", str(file), "forvalue_dataset=clean"]
-        sys.argv += [f"forvalue_method={METHOD}", f"forvalue_policy={POLICY}"]
+        sys.argv = ["forvalue-llamafactory", str(file), *(more or given)]
         main()
         changes = UNPACKED, {**UNPACKED, **AS_THEY_ARE, "dataset": "clean"}
         return out, *(list(Rows(settings, change).prepared()) for change in changes)
@@ -177,6 +181,10 @@ def llamafactory(folder: Path) -> Iterator[Way]:
     yield "rows", run, KEPT
     yield "packing", lambda: run(packing=True), None
     yield "neat_packing", lambda: run(packing=True, neat_packing=True), None
+    yield "no clean rows", lambda: run("report_to=none"), "forvalue_dataset=NAME"
+    yield "no log odds", lambda: run(*given, "forvalue_method=gradient", "forvalue_policy=drop:auto"), "log odds"
+    yield "another stage", lambda: run(stage="pt"), "stage is 'pt'"
+    yield "tokenised before", lambda: run(tokenized_path=str(folder / "tokens")), "rows are read anew"
 
 
 def swift(folder: Path) -> Iterator[Way]:
@@ -305,6 +313,15 @@ def outcome(way: Callable[[], Run], noisy: list[bool], n_trained: int | None) ->
     return bool(right and n_trained in (None, len(batches))), found
 
 
+def refused(way: Callable[[], Any], why: str) -> tuple[bool, str]:
+    """Whether a way of training is refused for a reason, and what is said."""
+    try:
+        way()
+    except (Exception, SystemExit) as error:
+        return why in str(error), f"refused: {' '.join(str(error).split())[:100]}"
+    return False, "not refused"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("framework", choices=INSIDE)
@@ -323,7 +340,7 @@ def main() -> int:
         noisy = write(Path(name))
         for way, run, n_trained in INSIDE[options.framework](Path(name)):
             try:
-                right, text = outcome(run, noisy, n_trained)
+                right, text = refused(run, n_trained) if isinstance(n_trained, str) else outcome(run, noisy, n_trained)
             except Exception as error:
                 traceback.print_exc()
                 right, text = False, f"{type(error).__name__}: {error}"
