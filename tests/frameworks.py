@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.machinery
+import inspect
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,14 +29,17 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "forvalue_callbacks" / "tiny" / "model"
 METHOD, POLICY = "fitted_likelihood", "drop:0.25"
+N, KEPT = 160, 120
 Run = tuple[Path, list[Any], list[Any]]  # folder of the scores, training and validation rows as they are prepared
+# Its name, how it is done, and how many rows of batches are to be trained on (None: packs; text: why it is refused).
+Way = tuple[str, Callable[[], Any], int | str | None]
 
 
 def write(folder: Path) -> list[bool]:
     """Noisy and clean rows as `train.jsonl` and `clean.jsonl`; which of the noisy ones are wrong."""
     from forvalue_callbacks.tiny import instructions
 
-    noisy = instructions(160, seed=0, noise=0.25)
+    noisy = instructions(N, seed=0, noise=0.25)
     for name, rows in (("train", noisy), ("clean", instructions(90, seed=1))):
         lines = [json.dumps({"prompt": row["prompt"], "completion": row["completion"]}) for row in rows]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -55,7 +60,7 @@ def watched() -> Iterator[list[list[int]]]:
             seen.extend(ids.tolist())
         return forward(self, *args, **kwargs)
 
-    noting.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    noting.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     LlamaForCausalLM.forward = noting
     try:
         yield seen
@@ -80,7 +85,7 @@ def stand_in(*names: str) -> None:
 # ---- each framework: the ways in which it trains ----
 
 
-def axolotl(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
+def axolotl(folder: Path) -> Iterator[Way]:
     stand_in("posthog")
     import yaml
     from axolotl.cli.config import load_cfg
@@ -90,7 +95,7 @@ def axolotl(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
     form = {"field_instruction": "prompt", "field_output": "completion"}
     form |= {"format": "{instruction}", "no_input_format": "{instruction}"}
 
-    def run(packing: bool) -> Run:
+    def run(packing: bool, **changes: Any) -> Run:
         out = folder / f"out-{packing}"
         settings = {
             "base_model": str(MODEL),
@@ -119,6 +124,7 @@ def axolotl(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
             "logging_steps": 1,
             "save_strategy": "no",
             "dataset_num_proc": 1,
+            **changes,
         }
         file = folder / f"axolotl-{packing}.yaml"
         file.write_text(yaml.dump(settings))
@@ -126,20 +132,24 @@ def axolotl(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
         found = load_datasets(cfg=load_cfg(str(file)))
         return out, list(found.train_dataset), list(found.eval_dataset)
 
-    yield "rows", lambda: run(False)
-    yield "sample_packing", lambda: run(True)
+    yield "rows", lambda: run(False), KEPT
+    yield "sample_packing", lambda: run(True), None
+    yield "no log odds", lambda: run(False, forvalue={"policy": "drop:auto"}), "needs scores that are log odds"
+    yield "a key misspelt", lambda: run(False, forvalue={"polcy": "drop:0.1"}), "polcy"
+    yield "no clean rows", lambda: run(False, test_datasets=[]), "name them as test_datasets"
 
 
-def llamafactory(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
+def llamafactory(folder: Path) -> Iterator[Way]:
     stand_in("torchaudio")
     from forvalue_callbacks.integrations.llamafactory import AS_THEY_ARE, UNPACKED, Rows, main
 
+    given = ["forvalue_dataset=clean", f"forvalue_method={METHOD}", f"forvalue_policy={POLICY}"]
     columns = {"prompt": "prompt", "response": "completion"}
     info = {name: {"file_name": f"{name}.jsonl", "columns": columns} for name in ("train", "clean")}
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
-    def run(**packing: bool) -> Run:
-        out = folder / f"out-{len(packing)}"
+    def run(*more: str, **changes: Any) -> Run:
+        out = folder / f"out-{len(changes)}"
         settings = {
             "model_name_or_path": str(MODEL),
             "stage": "sft",
@@ -159,24 +169,28 @@ def llamafactory(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
             "save_strategy": "no",
             "report_to": "none",
             "use_cpu": True,
-            **packing,
+            **changes,
         }
         file = folder / "train.yaml"
         file.write_text(json.dumps(settings))  # which is YAML
-        sys.argv = ["forvalue-llamafactory", str(file), "forvalue_dataset=clean"]
-        sys.argv += [f"forvalue_method={METHOD}", f"forvalue_policy={POLICY}"]
+        sys.argv = ["forvalue-llamafactory", str(file), *(more or given)]
         main()
         changes = UNPACKED, {**UNPACKED, **AS_THEY_ARE, "dataset": "clean"}
         return out, *(list(Rows(settings, change).prepared()) for change in changes)
 
-    yield "rows", run
-    yield "packing", lambda: run(packing=True)
-    yield "neat_packing", lambda: run(packing=True, neat_packing=True)
+    yield "rows", run, KEPT
+    yield "packing", lambda: run(packing=True), None
+    yield "neat_packing", lambda: run(packing=True, neat_packing=True), None
+    yield "no clean rows", lambda: run("report_to=none"), "forvalue_dataset=NAME"
+    yield "no log odds", lambda: run(*given, "forvalue_method=gradient", "forvalue_policy=drop:auto"), "log odds"
+    yield "another stage", lambda: run(stage="pt"), "stage is 'pt'"
+    yield "tokenised before", lambda: run(tokenized_path=str(folder / "tokens")), "rows are read anew"
 
 
-def swift(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
+def swift(folder: Path) -> Iterator[Way]:
     from swift.arguments import SftArguments
     from swift.callbacks import TrainerCallback, callbacks_map
+    from swift.dataset import PackingDataset
     from swift.pipelines import sft_main
 
     os.environ |= {"FORVALUE_METHOD": METHOD, "FORVALUE_POLICY": POLICY}
@@ -186,30 +200,34 @@ def swift(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
 
     class Look(TrainerCallback):
         def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-            rows = self.trainer.train_dataset
-            made["train"] = list(rows.dataset) if hasattr(rows, "packed_idx") else [rows[i] for i in range(len(rows))]
-            made["clean"] = [self.trainer.eval_dataset[i] for i in range(len(self.trainer.eval_dataset))]
+            for name, rows in (("train", self.trainer.train_dataset), ("clean", self.trainer.eval_dataset)):
+                rows = rows.dataset if isinstance(rows, PackingDataset) else rows
+                made[name] = [rows[i] for i in range(len(rows))]
 
     callbacks_map["look"] = Look
 
-    def run(*more: str) -> Run:
+    plugin = folder / "plugin.py"
+    plugin.write_text("import forvalue_callbacks.integrations.swift\n")
+    itself = ROOT / "forvalue_callbacks" / "integrations" / "swift.py"
+
+    def run(plugin: Path, *more: str) -> Run:
         out = folder / f"out-{len(more)}"
-        plugin = ROOT / "forvalue_callbacks" / "integrations" / "swift.py"
         given = f"""--model {MODEL} --model_type llama --template dummy --tuner_type full --torch_dtype float32
             --external_plugins {plugin} --callbacks look forvalue
             --dataset {folder / "train.jsonl"} --val_dataset {folder / "clean.jsonl"} --split_dataset_ratio 0
             --columns {{"prompt":"query","completion":"response"}} --dataset_shuffle false --val_dataset_shuffle false
             --max_length 256 --output_dir {out} --add_version false --per_device_train_batch_size 4
             --gradient_accumulation_steps 1 --num_train_epochs 1 --learning_rate 0.001 --logging_steps 1
-            --save_strategy no --eval_strategy no --report_to none --use_cpu true --load_from_cache_file false"""
+            --save_strategy no --eval_strategy no --report_to none --use_cpu true --fp16 false --bf16 false
+            --load_from_cache_file false"""
         sft_main([*given.split(), *more])
         return out, made["train"], made["clean"]
 
-    yield "rows", run
-    yield "packing", lambda: run("--packing", "true")
+    yield "rows", lambda: run(plugin), KEPT
+    yield "packing", lambda: run(itself, "--packing", "true"), None
 
 
-def lightning(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
+def lightning(folder: Path) -> Iterator[Way]:
     import torch
     from datasets import load_dataset
     from lightning.pytorch import LightningModule, Trainer
@@ -260,15 +278,15 @@ def lightning(folder: Path) -> Iterator[tuple[str, Callable[[], Run]]]:
         trainer.fit(Module(workers).train())
         return folder, list(rows("train")), list(rows("clean"))
 
-    yield "one loader", lambda: run(0, 0)
-    yield "reloaded", lambda: run(0, 1)
-    yield "workers", lambda: run(2, 0)
+    yield "one loader", lambda: run(0, 0), 2 * N
+    yield "reloaded", lambda: run(0, 1), 2 * N
+    yield "workers", lambda: run(2, 0), 2 * N
 
 
 INSIDE = {"axolotl": axolotl, "llamafactory": llamafactory, "ms-swift": swift, "lightning": lightning}
 
 
-def outcome(way: Callable[[], Run], noisy: list[bool]) -> tuple[bool, str]:
+def outcome(way: Callable[[], Run], noisy: list[bool], n_trained: int | None) -> tuple[bool, str]:
     """Whether a way of training keeps what it promises, and what came out."""
     import numpy as np
     import torch
@@ -276,31 +294,32 @@ def outcome(way: Callable[[], Run], noisy: list[bool]) -> tuple[bool, str]:
 
     from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueScores
     from forvalue_callbacks.policies import as_policy
-    from forvalue_callbacks.scores.provenance import differing
 
     with watched() as batches:
         folder, rows, validation = way()
     scores = ForValueScores.load(folder / "forvalue_scores.parquet")
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    again = ForValueScorer(model, validation, ForValueConfig(method=METHOD), progress=False).score(rows)
-    want = again.values
-    other = differing(scores.metadata["provenance"], again.metadata["provenance"])
-    print(
-        {
-            k: (scores.metadata[k], again.metadata[k])
-            for k in again.metadata
-            if scores.metadata.get(k) != again.metadata[k]
-        },
-        file=sys.stderr,
-    )
+    want = ForValueScorer(model, validation, ForValueConfig(method=METHOD), progress=False).score(rows).values
     apart = float(np.abs(scores.values - want).max() / np.abs(want).max())
     kept = as_policy(POLICY)(scores.values) > 0
     there = np.array(holds(batches, [list(row["input_ids"]) for row in rows]))
     caught = int((np.array(noisy) & ~kept).sum())
     found = f"{(~kept).sum()} of {len(rows)} rows dropped, {caught} of {sum(noisy)} noisy ones among them; "
-    found += f"trained on {there[kept].sum()} of {kept.sum()} kept and {there[~kept].sum()} dropped rows; "
-    found += f"scores within {apart:.0e} of ForValueScorer's" + (f", other {other}" if other else "")
-    return bool(caught > sum(noisy) / 2 and (there == kept).all() and apart < 1e-6), found
+    packs = "packs" if n_trained is None else "rows"
+    found += f"trained on {len(batches)} {packs}, {there[kept].sum()} of {kept.sum()} kept and {there[~kept].sum()} "
+    found += "dropped ones in them; "
+    found += f"scores within {apart:.0e} of ForValueScorer's"
+    right = len(rows) == N and caught > sum(noisy) / 2 and (there == kept).all() and apart < 1e-6
+    return bool(right and n_trained in (None, len(batches))), found
+
+
+def refused(way: Callable[[], Any], why: str) -> tuple[bool, str]:
+    """Whether a way of training is refused for a reason, and what is said."""
+    try:
+        way()
+    except (Exception, SystemExit) as error:
+        return why in str(error), f"refused: {' '.join(str(error).split())[:100]}"
+    return False, "not refused"
 
 
 def main() -> int:
@@ -319,12 +338,10 @@ def main() -> int:
     failed, results = 0, []
     with tempfile.TemporaryDirectory() as name:
         noisy = write(Path(name))
-        for way, run in INSIDE[options.framework](Path(name)):
+        for way, run, n_trained in INSIDE[options.framework](Path(name)):
             try:
-                right, text = outcome(run, noisy)
+                right, text = refused(run, n_trained) if isinstance(n_trained, str) else outcome(run, noisy, n_trained)
             except Exception as error:
-                import traceback
-
                 traceback.print_exc()
                 right, text = False, f"{type(error).__name__}: {error}"
             failed += not right

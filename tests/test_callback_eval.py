@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from forvalue_callbacks import ForValueCallback, ForValueScorer, Keep, prefilter
 from forvalue_callbacks.tiny import instructions
+from forvalue_callbacks.trainer.evaluation import trainer_of
 from helpers.models import build_model, build_rows
 from helpers.oracles import relative
 from helpers.trainers import VALIDATION, Passes, make_sft, make_trainer, rows_with_id
@@ -82,3 +84,16 @@ def test_a_callback_that_no_trainer_calls_cannot_find_evaluation_rows(tmp_path):
         callback.on_train_begin(
             trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=loader
         )
+
+
+def test_a_trainer_is_found_and_shortened_while_it_is_being_made(tmp_path):
+    """What frameworks that take nothing but callbacks need."""
+
+    class Shorten(TrainerCallback):
+        def on_init_end(self, args, state, control, **kwargs):
+            prefilter(trainer_of(state), "eval", Keep(12), verbose=False)
+
+    trainer = make_trainer(tmp_path, [Shorten()], evaluation=EVALUATION, num_train_epochs=1)
+    assert len(trainer.train_dataset) == 12
+    trainer.train()
+    assert trainer.state.global_step == 3

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer": BELOW_THE_WAYS_IN,
     "transform": BELOW_THE_WAYS_IN,
     "cli": BELOW_THE_WAYS_IN | {"__init__", "validation", "probe", "tiny", "trainer"},
+    "integrations": BELOW_THE_WAYS_IN | {"trainer"},
     "baselines": {"core", "data", "model", "methods"},
 }
 # Imports against an arrow that stay, inside of a function, each with its reason.

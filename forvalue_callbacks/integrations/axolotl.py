@@ -1,7 +1,7 @@
 """axolotl: `plugins: [forvalue_callbacks.integrations.axolotl.ForValuePlugin]` in its YAML.
 
-The clean rows are its `test_datasets`. `forvalue: {method: auto, policy: drop:auto}` says how rows are scored and which
-are left out; both have the defaults of `ForValueCallback`. Rows leave before they are packed (`sample_packing`).
+The clean rows are its `test_datasets`. `forvalue: {method: auto, policy: drop:auto}` says how rows are scored and
+which are left out; both have the defaults of `ForValueCallback`. Rows leave before they are packed (`sample_packing`).
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""LLaMA-Factory: `forvalue-llamafactory train.yaml forvalue_dataset=clean` in place of `llamafactory-cli train train.yaml`.
+"""LLaMA-Factory: `forvalue-llamafactory train.yaml forvalue_dataset=clean` for `llamafactory-cli train train.yaml`.
 
-`clean` is a data set of its `dataset_info.json` with clean rows. `forvalue_method=auto forvalue_policy=drop:auto` say how
-rows are scored and which are left out; both have the defaults of `ForValueCallback`. The three may stand in the YAML.
-Several GPUs: `torchrun ... -m forvalue_callbacks.integrations.llamafactory train.yaml ...`.
+`clean` is a data set of its `dataset_info.json` with clean rows. `forvalue_method=auto forvalue_policy=drop:auto` say
+how rows are scored and which are left out; both have the defaults of `ForValueCallback`. All of them may stand in the
+YAML. Several GPUs: `torchrun ... -m forvalue_callbacks.integrations.llamafactory train.yaml ...`.
 
-Both sides are read by LLaMA-Factory's own `get_dataset`. With `packing`, the rows are scored and left out before they are
+Both sides are read by LLaMA-Factory's own `get_dataset`. With `packing`, rows are scored and left out before they are
 packed, by its own packing.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
@@ -29,7 +30,7 @@ PREFIX = "forvalue_"
 SETTINGS = ("dataset", "method", "policy")
 UNPACKED = {"packing": False, "neat_packing": False}
 # What would make other rows of the validation rows, or fewer.
-AS_THEY_ARE = {"eval_dataset": None, "val_size": 0.0, "max_samples": None, "streaming": False, "tokenized_path": None}
+AS_THEY_ARE = {"eval_dataset": None, "val_size": 0.0, "max_samples": None, "streaming": False}
 
 
 class Rows:
@@ -75,7 +76,8 @@ class ForValue(TrainerCallback):
         method, policy: how rows are scored, and which are left out.
 
     Raises:
-        ValueError: a policy or method that is none, a stage other than "sft", a data set that is not described.
+        ValueError: a policy or method that is none, a stage other than "sft", rows tokenised before, a data set that
+            is not described.
     """
 
     def __init__(self, given: dict[str, Any], dataset: str, method: str | None = None, policy: str | None = None):
@@ -84,6 +86,8 @@ class ForValue(TrainerCallback):
         refuse_policy(self.policy, self.config.gives_log_odds)
         if given.get("stage") != "sft":
             raise ValueError(f"stage is {given.get('stage')!r}, and a For-Value score is of a labelled answer: sft.")
+        if given.get("tokenized_path"):
+            raise ValueError("tokenized_path holds rows that may be packed already: leave it out, rows are read anew.")
         # All of it before the trainer is made: settings that are read later undo its accelerator.
         self.validation = Rows(given, {**UNPACKED, **AS_THEY_ARE, "dataset": dataset}).prepared()
         self.packing = Rows(given, {})
@@ -91,11 +95,13 @@ class ForValue(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = trainer_of(state)
+        collator: Any = trainer.data_collator
         if self.unpacked is not None:
             trainer.train_dataset = self.unpacked
+            trainer.data_collator = replace(collator, neat_packing=False, block_diag_attn=False)
         prefilter(trainer, self.validation, self.policy, self.config)
         if self.unpacked is not None:
-            trainer.train_dataset = self.packing.packed(trainer.train_dataset)
+            trainer.train_dataset, trainer.data_collator = self.packing.packed(trainer.train_dataset), collator
 
 
 def main() -> None:

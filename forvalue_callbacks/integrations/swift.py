@@ -1,8 +1,8 @@
 """ms-swift: `--external_plugins .../forvalue_callbacks/integrations/swift.py --callbacks forvalue`.
 
-The clean rows are its `--val_dataset`. `FORVALUE_METHOD=auto FORVALUE_POLICY=drop:auto` in the environment say how rows
-are scored and which are left out; both have the defaults of `ForValueCallback`. Its data sets encode rows when they are
-asked for, and its batch sampler makes whole batches, so rows leave below both, before they are packed too.
+The clean rows are its `--val_dataset`. `FORVALUE_METHOD=auto FORVALUE_POLICY=drop:auto` in the environment say how
+rows are scored and which are left out; both have the defaults of `ForValueCallback`. Its data sets encode rows when
+they are asked for, and its batch sampler makes whole batches: rows leave below both, and before they are packed.
 """
 
 from __future__ import annotations
@@ -27,25 +27,33 @@ class ForValue(TrainerCallback):
     """Scores the training rows by the validation rows once the trainer is made, and leaves the dropped ones out."""
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, packs = self.trainer, None
-        if isinstance(trainer.train_dataset, PackingDataset):
-            packs, trainer.train_dataset = trainer.train_dataset, trainer.train_dataset.dataset
-        rows = trainer.train_dataset
+        trainer, template = self.trainer, self.trainer.template
+        packs, clean = trainer.train_dataset, trainer.eval_dataset
+        trainer.train_dataset, trainer.eval_dataset = rows = unpacked(packs), unpacked(clean)
+        free = template.packing, template.padding_free
+        template.packing = template.padding_free = False  # its collator is to make a row of each
         method = os.environ.get("FORVALUE_METHOD", ForValueConfig().method)
         prefilter(trainer, EVAL, os.environ.get("FORVALUE_POLICY"), ForValueConfig(method=method))
-        if isinstance(rows, LazyLLMDataset):  # its Subset would take any row in the place of one that it cannot encode
-            trainer.train_dataset = fewer(rows, trainer.train_dataset.indices)
-        if packs is not None:
-            trainer.train_dataset = packed(packs, trainer.train_dataset)
+        template.packing, template.padding_free = free
+        trainer.eval_dataset = clean
+        if isinstance(rows[0], LazyLLMDataset):
+            trainer.train_dataset = fewer(rows[0], trainer.train_dataset.indices)
+        if isinstance(packs, PackingDataset):
+            trainer.train_dataset = packed_as(packs, trainer.train_dataset)
+
+
+def unpacked(rows: Any) -> Any:
+    """What a data set of packs packs; any other as it is."""
+    return rows.dataset if isinstance(rows, PackingDataset) else rows
 
 
 def fewer(rows: LazyLLMDataset, places: list[int]) -> LazyLLMDataset:
-    """A lazy data set of some of its rows."""
+    """Some of its rows: what it takes in the place of one that it cannot encode is one of them."""
     same = {name: getattr(rows, name) for name in ("n_try_fetch", "strict", "random_state", "traceback_limit")}
     return LazyLLMDataset(rows.dataset.select(places), rows.encode_func, **same)
 
 
-def packed(packs: PackingDataset, rows: LazyLLMDataset) -> PackingDataset:
+def packed_as(packs: PackingDataset, rows: LazyLLMDataset) -> PackingDataset:
     """Rows packed as others were."""
     names = "num_proc strict load_from_cache_file packing_length packing_num_proc packing_strategy"
     same = {name: getattr(packs, name) for name in [*names.split(), "multiprocessing_context"]}
