@@ -289,6 +289,15 @@ def test_offloaded_weights_are_read_where_they_are_kept(how, tmp_path):
     assert model.lm_head.weight.is_meta
 
 
+def test_weights_that_zero_3_has_shared_out_are_refused_where_no_engine_gathers_them():
+    model = build_model()
+    for parameter in model.parameters():  # as zero.Init leaves them
+        parameter.data = torch.empty(0)
+        parameter.ds_id = 0
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: DeepSpeed ZeRO-3 .* no engine .*Use ForValueCallback"):
+        ForValueScorer(model, build_rows(8), progress=False)
+
+
 def test_wrappers_are_looked_through_however_they_are_nested():
     rows = build_rows(6)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)

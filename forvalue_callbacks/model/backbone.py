@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import align_module_device
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -20,7 +20,7 @@ from ..core import Head
 from ..data.seq2seq import shifted_right
 from .check import check
 from .kinds import classifies, first_input, head_module, kind_of, logits_of
-from .sharding import gathered, holder_of, unwrapped
+from .sharding import dtype_of, gathered, goes_again, holder_of, readable, refuse_shares, unwrapped
 from .unembedding import left_as_found, linear_map, named_transforms
 
 __all__ = ["Backbone", "left_as_found"]
@@ -50,7 +50,8 @@ class Backbone:
 
     Args:
         model: `PreTrainedModel`, or a `PeftModel` around one; DDP and compiled wrappers are looked through.
-        dtype: run the forward under autocast in this dtype ("bfloat16", "float16"); None: in the model's own.
+        dtype: run the forward under autocast in this dtype ("bfloat16", "float16"); None: in the model's own,
+            or that of FSDP1's mixed precision.
 
     Raises:
         ValueError: a model without an output head, or with one that is not a linear map, a classifier that does not
@@ -60,7 +61,7 @@ class Backbone:
     def __init__(self, model: nn.Module, dtype: str | None = None):
         self.model, self.holder = unwrapped(model), holder_of(model)
         self.causal: Any = unwrapped(self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
-        self.dtype = dtype
+        self.dtype = dtype or dtype_of(self.holder)
         self.kind = kind_of(self.causal)
         self.transform: tuple[float, float | None] | None = None
         self.runs_whole_model = self.causal.base_model is self.causal or classifies(self.kind)
@@ -73,6 +74,7 @@ class Backbone:
                 f"{self.name}: Prompt-learning adapters (prefix or prompt tuning) cannot be scored: score the base "
                 "model instead."
             )
+        refuse_shares(self.name, self.holder, self.head_module())
         self.head()
 
     @property
@@ -139,9 +141,10 @@ class Backbone:
 
         Factor and soft-cap are what `check` has seen; before it, what the config says.
         """
-        with gathered(self.holder):
-            weight, bias = linear_map(self.head_module(), self.name)
-            if isinstance(self.holder, FullyShardedDataParallel):  # what is gathered goes again
+        module = self.head_module()
+        with gathered(self.holder), readable(module, recurse=True):
+            weight, bias = linear_map(module, self.name)
+            if goes_again(self.holder):
                 weight, bias = weight.clone(), None if bias is None else bias.clone()
         added = self._added_bias
         if added is not None:

@@ -13,7 +13,7 @@ import xxhash
 from accelerate.utils import align_module_device, named_module_tensors
 from torch import Tensor, nn
 
-from .sharding import gathered, named_parts, whole
+from .sharding import named_parts, readable, whole
 
 # A tensor is read as 32-bit integers, a chunk at a time: 256 KB as int64, which stay in the cache of a CPU core.
 CHUNK = 2**15
@@ -43,11 +43,9 @@ def hash_weights(holder: nn.Module) -> str:
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Parameters and persistent buffers by name; those that accelerate has offloaded are there until the next one."""
-    with (
-        gathered(module),
-        align_module_device(module),
-    ):  # its hook loads what it holds, and whole modules where it was set up so
+    """Parameters and persistent buffers by name; those that are sharded or offloaded are there until the next one."""
+    # accelerate's hook loads what it holds, and whole modules where it was set up so
+    with readable(module), align_module_device(module):
         for name, tensor in named_module_tensors(module, remove_non_persistent=True):
             yield prefix + name, tensor
             for key, value in _beside(module, tensor).items():

@@ -32,6 +32,13 @@ def is_sharded(holder: nn.Module) -> bool:
     return any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in holder.parameters())
 
 
+def dtype_of(holder: nn.Module) -> str | None:
+    """The dtype that FSDP1 gives weights for a forward pass, as `torch` calls it; None: they stay what they are."""
+    if not isinstance(holder, FullyShardedDataParallel) or holder.mixed_precision.param_dtype is None:
+        return None
+    return str(holder.mixed_precision.param_dtype).removeprefix("torch.")
+
+
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """Weights that FSDP1 keeps for a module, but for those of wrappers inside it, are whole: parts of the module can
@@ -41,6 +48,51 @@ def gathered(module: nn.Module) -> Iterator[None]:
         return
     with FullyShardedDataParallel.summon_full_params(module, recurse=False, writeback=False):
         yield
+
+
+@contextmanager
+def readable(module: nn.Module, recurse: bool = False) -> Iterator[None]:
+    """As `gathered`, and what ZeRO-3 keeps of a module's weights, with `recurse` of all in it, is whole too: it
+    gathers by itself what is run, and not what is read."""
+    partitioned = [p for p in module.parameters(recurse) if hasattr(p, "ds_id")]
+    with gathered(module):
+        if not partitioned:
+            yield
+            return
+        import deepspeed  # where there are such weights, there it is
+
+        with deepspeed.zero.GatheredParameters(partitioned):
+            yield
+
+
+def goes_again(holder: nn.Module) -> bool:
+    """Whether weights that are whole for a while lie elsewhere after it."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in holder.modules()):
+        return True
+    return any(hasattr(p, "ds_id") for p in holder.parameters())
+
+
+def refuse_shares(name: str, holder: nn.Module, head: nn.Module) -> None:
+    """Raises ValueError for a model whose weights nothing brings together for a forward pass.
+
+    Args:
+        name: the model's.
+        head: its output head.
+    """
+    weight: Any = getattr(head, "weight", None)
+    if hasattr(weight, "ds_id") and not hasattr(head, "ds_id"):  # engines mark the modules that they gather for
+        raise ValueError(
+            f"{name}: DeepSpeed ZeRO-3 has shared its weights out, and no engine gathers them yet. Use "
+            "ForValueCallback, which scores once the trainer has made the engine, or load the model whole."
+        )
+    if isinstance(holder, FullyShardedDataParallel) or not isinstance(weight, Tensor):
+        return
+    inside = any(isinstance(module, FullyShardedDataParallel) for module in holder.modules())
+    if inside and (weight.ndim != 2 or weight.untyped_storage().nbytes() == 0):
+        raise ValueError(
+            f"{name} is what FSDP has wrapped, and its weights are here in part: give the wrapper (what "
+            "accelerator.prepare returns, trainer.model_wrapped) in place of the model in it."
+        )
 
 
 def whole(tensor: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..core import Head
-from .sharding import gathered, whole
+from .sharding import whole
 
 # Unit vectors, or entries of the vocabulary, that are looked at at once.
 BLOCK = 4096
@@ -55,9 +55,7 @@ def linear_map(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
         ValueError: no dense floating-point weight, or an adapter that makes the map not linear; `name` is the model's.
     """
     if isinstance(module, FullyShardedDataParallel):  # a head wrapped by itself
-        with gathered(module):
-            weight, bias = linear_map(module.module, name)
-            return weight.detach().clone(), None if bias is None else bias.detach().clone()
+        return linear_map(module.module, name)
     if isinstance(module, ModulesToSaveWrapper):
         return linear_map(active_module(module), name)
     if isinstance(module, BaseTunerLayer):
@@ -81,8 +79,8 @@ def linear_map(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
             or not _is_plain(dense)
         ):
             raise ValueError(
-                f"{name}: the output head {type(module).__name__} has no dense floating-point weight here (quantised, "
-                "offloaded, or sharded by ZeRO-3). Score before sharding, or load the model with an unquantised head."
+                f"{name}: the output head {type(module).__name__} has no dense floating-point weight here (quantised "
+                "or offloaded). Load the model with an unquantised head."
             )
         found = [whole(x) for x in (dense, getattr(module, "bias", None)) if x is not None]
         if has_offloaded_params(module):

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -605,11 +606,21 @@ def a_policy_that_raises_in_prefilter(rank, folder):
 # ---- weights that lie on all ranks ----
 
 
+def each_way(function):
+    """DeepSpeed's scenarios are there where it is, in an environment of its own."""
+    for how in ("fsdp2", "fsdp1", *(("zero2", "zero3") if find_spec("deepspeed") else ())):
+        scenario(how=how)(function)
+    return function
+
+
 def sharded(how="fsdp2", model=None, **settings):
-    """A model whose layers and the rest lie on both ranks; FSDP1 gives a wrapper around it."""
+    """A model whose layers and the rest lie on both ranks; FSDP1 and DeepSpeed give a wrapper around it."""
     model = model or build_model(dtype=torch.float64)
+    model = model.float() if how == "zero3" else model  # which takes no float64
     if not is_one_of_two():
         return model
+    if how.startswith("zero"):
+        return partitioned(model, int(how[-1]))
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     if how == "fsdp1":
         by_layer, cpu = ModuleWrapPolicy({type(layer) for layer in layers}), torch.device("cpu")
@@ -622,6 +633,15 @@ def sharded(how="fsdp2", model=None, **settings):
     return fully_shard(model, mesh=mesh, **settings)
 
 
+def partitioned(model, stage):
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled here
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # the smallest weights too
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    return deepspeed.initialize(model=model, config=config, optimizer=torch.optim.SGD(model.parameters()))[0]
+
+
 def sharded_and_out_of_memory(rank, folder):
     """No rank can go on without the other here: not one of `SCENARIOS`, for both end."""
     scorer = scorer_of(sharded(), max_tokens=80)
@@ -631,39 +651,41 @@ def sharded_and_out_of_memory(rank, folder):
     scorer.score(TRAIN)
 
 
-@scenario(how="fsdp2")
 @scenario(how="fsdp2", reshard_after_forward=True)  # as accelerate does
-@scenario(how="fsdp1")  # as accelerate does
 @scenario(how="fsdp1", use_orig_params=False)
 @scenario(how="fsdp1", auto_wrap_policy=None)
 @scenario(how="fsdp1", auto_wrap_policy=ModuleWrapPolicy({nn.Linear, nn.Embedding}))  # the head is one of its own
-def sharded_weights(rank, folder, **settings):
-    scorer = scorer_of(sharded(**settings))
-    return [told(scorer.score(TRAIN)), scorer.provenance()["weights"], scorer.run.sharded or not is_one_of_two()]
+@each_way
+def sharded_weights(rank, folder, how, **settings):
+    scorer = scorer_of(sharded(how, **settings))
+    assert scorer.run.sharded == (is_one_of_two() and how != "zero2")
+    return [told(scorer.score(TRAIN)), scorer.provenance()["weights"]]
 
 
-@scenario(how="fsdp2")
-@scenario(how="fsdp1")
+@scenario(*both("LlamaForCausalLM is what FSDP has wrapped, .*give the wrapper"), use_orig_params=True)
+@scenario(*both("LlamaForCausalLM is what FSDP has wrapped, .*give the wrapper"), use_orig_params=False)
+def a_model_without_its_wrapper(rank, folder, use_orig_params):
+    scorer_of(sharded("fsdp1", use_orig_params=use_orig_params).module)
+
+
+@each_way
 def sharded_weights_and_the_label_model(rank, folder, how):
     return told(scorer_of(sharded(how), validation=CLEAN, method="label_model").score(NOISY))
 
 
-@scenario(how="fsdp2")
-@scenario(how="fsdp1")
+@each_way
 def sharded_weights_and_auto(rank, folder, how):
     return told(scorer_of(sharded(how), validation=ANSWERED[0], method="auto").score(ANSWERED[1]))
 
 
-@scenario(how="fsdp2")
-@scenario(how="fsdp1")
+@each_way
 def sharded_weights_and_adapters(rank, folder, how):
     torch.manual_seed(0)
     model = get_peft_model(build_model(dtype=torch.float64), LoraConfig(r=2, init_lora_weights=False))
     return told(scorer_of(sharded(how, model.double())).score(TRAIN))
 
 
-@scenario(how="fsdp2")
-@scenario(how="fsdp1")
+@each_way
 def a_sharded_classifier(rank, folder, how):
     """The whole model is run up to its head."""
     rows, validation = kinds.build_rows(CLASSIFIER, 24, seed=1), kinds.build_rows(CLASSIFIER, 6, seed=2)
@@ -671,15 +693,13 @@ def a_sharded_classifier(rank, folder, how):
     return told(scorer_of(model, validation, kinds.collator(CLASSIFIER)).score(rows))
 
 
-@scenario(how="fsdp2")
-@scenario(how="fsdp1")
+@each_way
 def explanations_by_sharded_weights(rank, folder, how):
     scorer = ForValueScorer(sharded(how), CLEAN, ForValueConfig("auto"), progress=False)
     return [explained(found) for found in scorer.explain(NOISY, [5, 3, 40])]
 
 
-@scenario(how="fsdp2")
-@scenario(how="fsdp1")
+@each_way
 def a_callback_with_sharded_weights(rank, folder, how):
     """As a trainer is with `--fsdp`, which accelerate has for accelerators alone: training goes on after scoring."""
     callback = callback_of()
@@ -694,8 +714,7 @@ def a_callback_with_sharded_weights(rank, folder, how):
     return [callback.scores.values.tolist(), callback.weights.tolist(), trainer.state.global_step]
 
 
-@scenario(how="fsdp2")
-@scenario(how="fsdp1")
+@each_way
 def sharded_weights_and_common_beginnings(rank, folder, how):
     """Two forward passes a batch, and not equally many batches on both ranks."""
     rows = [{"input_ids": [*range(3, 23), *row["input_ids"]], "labels": [-100] * 20 + row["labels"]} for row in TRAIN]
