@@ -73,12 +73,19 @@ def goes_again(holder: nn.Module) -> bool:
 
 
 def refuse_shares(name: str, holder: nn.Module, head: nn.Module) -> None:
-    """Raises ValueError for a model whose weights nothing brings together for a forward pass.
+    """Raises ValueError for a model that cannot run for one rank's rows: each has its own.
 
     Args:
         name: the model's.
         head: its output head.
     """
+    by_fsdp2 = any(isinstance(module, FSDPModule) for module in holder.modules())
+    split = not by_fsdp2 and any(hasattr(p, "placements") for p in holder.parameters())
+    if split or (getattr(holder, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"{name} is split by tensor parallelism, where all ranks run the same rows, and For-Value gives each rank "
+            "its own: load it without tp_plan, in one process with device_map='auto' or sharded by FSDP."
+        )
     weight: Any = getattr(head, "weight", None)
     if hasattr(weight, "ds_id") and not hasattr(head, "ds_id"):  # engines mark the modules that they gather for
         raise ValueError(

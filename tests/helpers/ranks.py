@@ -21,7 +21,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from transformers import Trainer, TrainingArguments
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, prefilter
 from forvalue_callbacks.data import reader
@@ -666,6 +667,20 @@ def sharded_weights(rank, folder, how, **settings):
 @scenario(*both("LlamaForCausalLM is what FSDP has wrapped, .*give the wrapper"), use_orig_params=False)
 def a_model_without_its_wrapper(rank, folder, use_orig_params):
     scorer_of(sharded("fsdp1", use_orig_params=use_orig_params).module)
+
+
+@scenario(*both("LlamaForCausalLM is split by tensor parallelism"), by="transformers")
+@scenario(*both("LlamaForCausalLM is split by tensor parallelism"), by="torch")
+def tensor_parallelism(rank, folder, by):
+    if by == "torch":
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        model = parallelize_module(build_model(), mesh, {"lm_head": ColwiseParallel()})
+    else:
+        if rank == 0:
+            build_model().save_pretrained(folder / "model")
+        torch.distributed.barrier()
+        model = LlamaForCausalLM.from_pretrained(folder / "model", tp_plan="auto")
+    scorer_of(model).score(TRAIN)
 
 
 @each_way
