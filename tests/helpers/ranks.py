@@ -628,7 +628,7 @@ def sharded(how="fsdp2", model=None, **settings):
         return FullyShardedDataParallel(
             model, **{"auto_wrap_policy": by_layer, "use_orig_params": True, "device_id": cpu, **settings}
         )
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh, **settings)
@@ -673,7 +673,7 @@ def a_model_without_its_wrapper(rank, folder, use_orig_params):
 @scenario(*both("LlamaForCausalLM is split by tensor parallelism"), by="torch")
 def tensor_parallelism(rank, folder, by):
     if by == "torch":
-        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
         model = parallelize_module(build_model(), mesh, {"lm_head": ColwiseParallel()})
     else:
         if rank == 0:
