@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -661,6 +661,13 @@ def sharded_weights(rank, folder, how, **settings):
     scorer = scorer_of(sharded(how, **settings))
     assert scorer.run.sharded == (is_one_of_two() and how != "zero2")
     return [told(scorer.score(TRAIN)), scorer.provenance()["weights"]]
+
+
+@scenario()
+def mixed_precision_of_fsdp1(rank, folder):
+    """Its dtype is that of the forward pass without being asked for."""
+    model = sharded("fsdp1", build_model(), mixed_precision=MixedPrecision(torch.bfloat16))
+    return told(scorer_of(model, forward_dtype=None if is_one_of_two() else "bfloat16").score(TRAIN))
 
 
 @scenario(*both("LlamaForCausalLM is what FSDP has wrapped, .*give the wrapper"), use_orig_params=True)
