@@ -49,6 +49,9 @@ class ForValueTransform:
         scored = dataset.map(ForValueTransform(model, validation_dataset, processing_class=tokenizer), batched=True)
         clean = scored.filter(lambda row: row["forvalue_score"] > 0)
 
+    Workers of Ray Data make one each: `dataset.map_batches(ForValueTransform, fn_constructor_args=(path, validation),
+    fn_constructor_kwargs={"model_kwargs": {"device_map": "auto"}}, batch_format="pyarrow", concurrency=2)`.
+
     Its fingerprint is that of the weights, the validation rows and the config, so a second run with the same is served
     from the cache of `datasets`, in any process, and a change of any of them scores anew.
 
@@ -223,6 +226,7 @@ def _find(fingerprint: str) -> ForValueTransform:
     if fingerprint not in _LIVE:
         raise RuntimeError(
             "a ForValueTransform cannot be sent to a process that was not forked from the one that made it. Use the "
-            "'fork' start method, or map without num_proc."
+            "'fork' start method, or map without num_proc; let workers of Ray make their own: "
+            "map_batches(ForValueTransform, fn_constructor_args=(path, validation), batch_format='pyarrow')."
         )
     return _LIVE[fingerprint]

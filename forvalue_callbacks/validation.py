@@ -138,7 +138,7 @@ class ValidationSide:
             del config["max_tokens_per_batch"]  # changes no score
             samples = self.samples()
             with together("reading the weights", self.run.sharded):
-                weights = hash_weights(self.run.backbone.model)
+                weights = hash_weights(self.run.backbone.holder)
             self._provenance = {
                 "weights": weights,
                 "validation": digest("".join(sample.digest for sample in samples)),

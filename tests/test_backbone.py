@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import nn
 
-from forvalue_callbacks import ForValueScorer
+from forvalue_callbacks import ForValueConfig, ForValueScorer
 from forvalue_callbacks.model.backbone import Backbone, left_as_found
+from helpers.answers import rows_of
 from helpers.models import VOCAB, batch, build_model, build_rows
 from helpers.oracles import row_gradient
 
@@ -287,6 +288,30 @@ def test_offloaded_weights_are_read_where_they_are_kept(how, tmp_path):
     values = ForValueScorer(model, rows[4:], progress=False).score(rows[:4]).values
     assert np.array_equal(values, expected)
     assert model.lm_head.weight.is_meta
+
+
+@pytest.mark.parametrize("method", ["auto", "label_model"])
+def test_a_device_map_that_puts_layers_and_head_on_disk_changes_no_score(method, tmp_path):
+    clean, noisy = rows_of(40, 1)[0], rows_of(40, 2, 0.3)[0]
+    config = ForValueConfig(method)
+    expected = ForValueScorer(build_model(), clean, config, progress=False).score(noisy).values
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "disk"}
+    model = accelerate.dispatch_model(
+        build_model(), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True
+    )
+    assert np.array_equal(ForValueScorer(model, clean, config, progress=False).score(noisy).values, expected)
+    assert model.lm_head.weight.is_meta
+    assert np.nanstd(expected) > 0
+
+
+def test_weights_that_zero_3_has_shared_out_are_refused_where_no_engine_gathers_them():
+    model = build_model()
+    for parameter in model.parameters():  # as zero.Init leaves them
+        parameter.data = torch.empty(0)
+        parameter.ds_id = 0
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: DeepSpeed ZeRO-3 .* no engine .*Use ForValueCallback"):
+        ForValueScorer(model, build_rows(8), progress=False)
 
 
 def test_wrappers_are_looked_through_however_they_are_nested():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +30,43 @@ def launched(folder, *names):
 
 
 @pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    """What some scenarios gave on each of four ranks: two nodes, which `accelerate launch` starts two processes on."""
+    folder = tmp_path_factory.mktemp("nodes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--multi_gpu", "--num_machines", "2", "--num_processes", "4"]  # of CPUs, where there are no GPUs
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    runs = [
+        subprocess.Popen(
+            [*launch, "--machine_rank", str(node), "--module", "helpers.ranks", str(folder), *ON_NODES],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    said = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+
+
+@pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What each scenario gave on each of two ranks."""
     folder = tmp_path_factory.mktemp("two")
     run = launched(folder)
     assert run.returncode == 0, run.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+# What is fitted on all rows goes to where L-BFGS stops, in float32: further apart than the sums it rests on.
+FITTED = ("scores_by_the_label_model", "scores_by_auto")
+ON_NODES = ["scores-whitened", "scores_by_the_label_model", "a_callback-1"]
 
 
 def same(got, want, tolerance):
@@ -56,8 +88,16 @@ def test_two_ranks_find_what_one_process_does(name, two, tmp_path):
     first, second = (found[name] for found in two)
     assert [found["error"] for found in (one, first, second)] == [None] * 3
     same(second["value"], first["value"], 0)  # ranks that differ would draw different rows
-    # What is fitted on all rows goes to where L-BFGS stops, in float32: further apart than the sums it rests on.
-    same(first["value"], one["value"], 1e-2 if name in ("scores_by_the_label_model", "scores_by_auto") else 1e-6)
+    same(first["value"], one["value"], 1e-2 if name in FITTED else 1e-6)
+
+
+@pytest.mark.parametrize("name", ON_NODES)
+def test_two_nodes_of_two_processes_find_what_one_process_does(name, nodes, tmp_path):
+    one, first, *others = outcome(name, tmp_path), *(found[name] for found in nodes)
+    assert [found["error"] for found in (one, first, *others)] == [None] * 5
+    for other in others:
+        same(other["value"], first["value"], 0)
+    same(first["value"], one["value"], 1e-2 if name in FITTED else 1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, errors) in SCENARIOS.items() if errors])

@@ -73,7 +73,7 @@ def test_worker_processes_give_the_same_column_and_do_not_wait_for_the_parents_t
 def test_a_process_that_never_made_the_transform_says_what_to_do(monkeypatch):
     data = pickle.dumps(ForValueTransform(build_model(), VALIDATION))
     monkeypatch.setattr("forvalue_callbacks.transform._LIVE", {})
-    with pytest.raises(RuntimeError, match="not forked"):
+    with pytest.raises(RuntimeError, match=r"not forked .*map_batches\(ForValueTransform, fn_constructor_args="):
         pickle.loads(data)
 
 

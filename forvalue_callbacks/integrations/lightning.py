@@ -55,7 +55,7 @@ class ForValue(Callback):
         self._loader: Any = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         if loader is self._loader:
             return
         if not hasattr(loader, "dataset"):
@@ -69,7 +69,8 @@ class ForValue(Callback):
             self.weights = value(model, loader.dataset, data_collator=loader.collate_fn, **self.arguments)
         install_sampler(loader, self.weights, self.seed).set_epoch(trainer.current_epoch)
         # Workers have begun to read by the sampler that was there; Lightning has no public way to begin anew.
-        iter(trainer.fit_loop._data_fetcher)
+        fetcher: Any = trainer.fit_loop._data_fetcher
+        iter(fetcher)
         self._loader = loader
 
     def state_dict(self) -> dict[str, Any]:

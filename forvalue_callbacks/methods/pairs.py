@@ -37,6 +37,7 @@ class Pairs:
         self.run, self.method, self.state, self.n_validation = run, method, state, n_validation
         with together("running the validation rows", run.sharded):
             self.side = concatenate(run.positions(validation, method, PAIRS_WITH, all_ranks=True))
+        self.head = run.backbone.head()  # once: where weights are sharded all ranks must come here
         metric = method.metric(state)
         self.metric_TD = None if metric is None else self.side.hidden_TD.to(metric) @ metric
 
@@ -48,7 +49,7 @@ class Pairs:
         """ "pairs" of the rows of these positions."""
         side = self.side
         values = core.score_pairs(
-            self.run.backbone.head(),
+            self.head,
             positions.hidden_TD,
             positions.target_T,
             positions.rows_T,

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, extract_model_from_parallel
+from accelerate.utils import align_module_device
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,6 +20,7 @@ from ..core import Head
 from ..data.seq2seq import shifted_right
 from .check import check
 from .kinds import classifies, first_input, head_module, kind_of, logits_of
+from .sharding import dtype_of, gathered, goes_again, holder_of, readable, refuse_shares, unwrapped
 from .unembedding import left_as_found, linear_map, named_transforms
 
 __all__ = ["Backbone", "left_as_found"]
@@ -42,13 +43,15 @@ class Backbone:
     model is run up to its head.
 
     Attributes:
-        model: without DDP and compilation; `causal`: without adapters' wrappers too.
+        model: without DDP, FSDP1 and compilation; `causal`: without adapters' wrappers too; `holder`: what holds the
+            weights, which FSDP1's wrapper does.
         kind: "causal", "seq2seq" (positions are those of the decoder), "sequence classification" (one position a
             row), "token classification"; classes stand in place of the vocabulary.
 
     Args:
         model: `PreTrainedModel`, or a `PeftModel` around one; DDP and compiled wrappers are looked through.
-        dtype: run the forward under autocast in this dtype ("bfloat16", "float16"); None: in the model's own.
+        dtype: run the forward under autocast in this dtype ("bfloat16", "float16"); None: in the model's own,
+            or that of FSDP1's mixed precision.
 
     Raises:
         ValueError: a model without an output head, or with one that is not a linear map, a classifier that does not
@@ -56,9 +59,9 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module, dtype: str | None = None):
-        self.model = _unwrapped(model)
-        self.causal: Any = _unwrapped(self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
-        self.dtype = dtype
+        self.model, self.holder = unwrapped(model), holder_of(model)
+        self.causal: Any = unwrapped(self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
+        self.dtype = dtype or dtype_of(self.holder)
         self.kind = kind_of(self.causal)
         self.transform: tuple[float, float | None] | None = None
         self.runs_whole_model = self.causal.base_model is self.causal or classifies(self.kind)
@@ -71,6 +74,7 @@ class Backbone:
                 f"{self.name}: Prompt-learning adapters (prefix or prompt tuning) cannot be scored: score the base "
                 "model instead."
             )
+        refuse_shares(self.name, self.holder, self.head_module())
         self.head()
 
     @property
@@ -137,7 +141,11 @@ class Backbone:
 
         Factor and soft-cap are what `check` has seen; before it, what the config says.
         """
-        weight, bias = linear_map(self.head_module(), self.name)
+        module = self.head_module()
+        with gathered(self.holder), readable(module, recurse=True):
+            weight, bias = linear_map(module, self.name)
+            if goes_again(self.holder):
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
         added = self._added_bias
         if added is not None:
             bias = added if bias is None else bias + added
@@ -194,7 +202,7 @@ class Backbone:
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
         """What the forward takes that is run."""
         run = self.causal if self.runs_whole_model else self.causal.base_model
-        return inspect.signature(run.forward).parameters
+        return inspect.signature(unwrapped(run).forward).parameters
 
     @cached_property
     def _places_tokens_itself(self) -> bool:
@@ -242,12 +250,13 @@ class Backbone:
         return self.of_sequence(hidden, place) if self.kind == "sequence classification" else hidden
 
     def _base(self, **inputs: Any) -> Any:
-        """The base model by itself, which passes by the forward of the whole one, where FSDP2 gathers the weights that
-        are in no part of their own (embeddings, final norm); they stay, as after any forward of the whole."""
+        """The base model by itself, which passes by the forward of the whole one, where FSDP gathers the weights that
+        are in no part of their own (embeddings, final norm); FSDP2's stay, as after any forward of the whole."""
         for module in (self.model, self.causal):
             if isinstance(module, FSDPModule):
                 module.unshard()
-        return self.causal.base_model(**inputs)
+        with gathered(self.holder):
+            return self.causal.base_model(**inputs)
 
     @staticmethod
     def of_sequence(states: Tensor, place: Tensor | None) -> Tensor:
@@ -279,7 +288,8 @@ class Backbone:
         head = self.head_module()
         hooks = [head.register_forward_pre_hook(stop, with_kwargs=True), head.register_forward_hook(places)]
         try:
-            found = logits_of(self.causal(**inputs, **self.without_cache()))
+            with gathered(self.holder):
+                found = logits_of(self.causal(**inputs, **self.without_cache()))
         except _HeadReached as reason:
             return reason.hidden, None
         finally:
@@ -373,10 +383,3 @@ class Backbone:
     def check(self, batch: Mapping[str, Any], predicted_BL: Tensor | None = None) -> None:
         """See that the model is what is described here, on a batch, or refuse it by name: `model.check.check`."""
         check(self, batch, predicted_BL)
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    """Without DDP and compilation, however they are nested."""
-    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
-        model = inner
-    return model

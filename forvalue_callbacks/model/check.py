@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core import working_dtype
 from .kinds import classifies, first_input, logits_of
+from .sharding import gathered
 from .unembedding import excess, left_as_found, named_transforms, seen_transform
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _observe(backbone: Backbone, inputs: dict[str, Any], gain: float = 1.0) -> _
     head = backbone.head_module()
     hooks = [head.register_forward_pre_hook(before, with_kwargs=True), head.register_forward_hook(after)]
     try:
-        with backbone.autocast():
+        with backbone.autocast(), gathered(backbone.holder):
             logits = logits_of(backbone.model(**inputs, **backbone.without_cache()))
     finally:
         for hook in hooks:

@@ -13,7 +13,7 @@ import xxhash
 from accelerate.utils import align_module_device, named_module_tensors
 from torch import Tensor, nn
 
-from .unembedding import whole
+from .sharding import named_parts, readable, whole
 
 # A tensor is read as 32-bit integers, a chunk at a time: 256 KB as int64, which stay in the cache of a CPU core.
 CHUNK = 2**15
@@ -29,28 +29,36 @@ def digest(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-def hash_weights(model: nn.Module) -> str:
+def hash_weights(holder: nn.Module) -> str:
     """Hash of what a model computes: its parameters, buffers and config, and which adapters are on, how much.
 
-    The same in every process and wherever the weights lie, also where accelerate has offloaded them. Tensors are read
+    The same in every process and wherever the weights lie, also sharded, or offloaded by accelerate. Tensors are read
     one by one: `state_dict()` would change the weights of bitsandbytes' layers on a CPU.
 
     Raises:
         ValueError: a tensor that cannot be read, by its name.
     """
-    parts = [(name, _hash_tensor(name, tensor)) for name, tensor in _tensors(model)]
-    return digest(repr((sorted(parts), _settings(model))))
+    parts = [(name, _hash_tensor(name, tensor)) for name, tensor in _tensors(holder)]
+    return digest(repr((sorted(parts), _settings(holder))))
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Parameters and persistent buffers by name; those that accelerate has offloaded are there until the next one."""
-    with align_module_device(module):  # its hook loads what it holds, and whole modules where it was set up so
+    """Parameters and persistent buffers by name; those that are sharded or offloaded are there until the next one."""
+    # accelerate's hook loads what it holds, and whole modules where it was set up so
+    with readable(module), align_module_device(module):
         for name, tensor in named_module_tensors(module, remove_non_persistent=True):
             yield prefix + name, tensor
             for key, value in _beside(module, tensor).items():
                 yield f"{prefix}{name}.{key}", value
-        for name, child in module.named_children():
-            yield from _tensors(child, f"{prefix}{name}.")
+        for name, child in named_parts(module):
+            yield from _tensors(child, f"{prefix}{name}." if name else prefix)
+
+
+def _named(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The module and all in it by the names that they have without FSDP1's wrappers."""
+    yield name, module
+    for part, child in named_parts(module):
+        yield from _named(child, f"{name}.{part}".strip("."))
 
 
 def _beside(module: nn.Module, tensor: Any) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def _settings(model: nn.Module) -> str:
     """What turns the same weights into another function: the config, and the adapters that are on."""
     config: Any = getattr(model, "config", None)
     adapters = []
-    for name, module in model.named_modules():
+    for name, module in _named(model):
         if hasattr(module, "merged_adapters"):  # a layer of PEFT's, or a module that it has wrapped
             on = [] if module.disable_adapters else list(module.active_adapters)
             scaling: Any = getattr(module, "scaling", None)

@@ -7,8 +7,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 
 def world() -> tuple[int, int]:
@@ -159,10 +157,3 @@ def refuse_other_rows(ranks: Sequence[list[tuple[str, str | None]] | None], star
                 f"rank {rank} has {'more' if n_other > n else 'fewer'} {of}rows than rank 0, from row "
                 f"{min(n, n_other)} on: every rank must be given all the rows (each takes its share of them)."
             )
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass needs all ranks: FSDP, ZeRO-3, tensor parallelism."""
-    if any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules()):
-        return True
-    return any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in model.parameters())

@@ -21,7 +21,8 @@ from ..progress import Progress, aside, size
 from .backbone import Backbone
 from .plan import COLLATED_ROWS, Batch, padded, plan
 from .positions import Columns, Positions, collated, joined, middle_states, pad, picked, prompt_means, tokens_of
-from .ranks import is_sharded, of_first_rank, refuse_other_rows, together, world
+from .ranks import of_first_rank, refuse_other_rows, together, world
+from .sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Run:
         self.max_tokens = max_tokens or tokens_per_batch(backbone.device)  # of plans: the same on all ranks
         self.fits = self.max_tokens  # what has not run out of memory here
         self.progress = progress or Progress(lines=False, bars=False)
-        self.sharded = world()[1] > 1 and is_sharded(backbone.model)
+        self.sharded = world()[1] > 1 and is_sharded(backbone.holder)
 
     def wait(self) -> None:
         """Until an accelerator has done what it was told."""

@@ -13,8 +13,10 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..core import Head
+from .sharding import whole
 
 # Unit vectors, or entries of the vocabulary, that are looked at at once.
 BLOCK = 4096
@@ -52,6 +54,8 @@ def linear_map(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: no dense floating-point weight, or an adapter that makes the map not linear; `name` is the model's.
     """
+    if isinstance(module, FullyShardedDataParallel):  # a head wrapped by itself
+        return linear_map(module.module, name)
     if isinstance(module, ModulesToSaveWrapper):
         return linear_map(active_module(module), name)
     if isinstance(module, BaseTunerLayer):
@@ -75,18 +79,13 @@ def linear_map(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
             or not _is_plain(dense)
         ):
             raise ValueError(
-                f"{name}: the output head {type(module).__name__} has no dense floating-point weight here (quantised, "
-                "offloaded, or sharded by ZeRO-3). Score before sharding, or load the model with an unquantised head."
+                f"{name}: the output head {type(module).__name__} has no dense floating-point weight here (quantised "
+                "or offloaded). Load the model with an unquantised head."
             )
         found = [whole(x) for x in (dense, getattr(module, "bias", None)) if x is not None]
         if has_offloaded_params(module):
             found = [x.detach().clone() for x in found]
     return found[0], found[1] if len(found) > 1 else None
-
-
-def whole(tensor: Any) -> Tensor:
-    """The tensor itself, gathered first where FSDP2 has sharded it (a DTensor)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -10,14 +10,19 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.distributed.fsdp import fully_shard
-from transformers import Trainer, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, prefilter
 from forvalue_callbacks.data import reader
@@ -25,6 +30,7 @@ from forvalue_callbacks.methods.explain import Explainer
 from forvalue_callbacks.scores.pairs import PairsFile
 from forvalue_callbacks.scores.scores import ForValueScores
 from forvalue_callbacks.scores.writer import ScoreWriter
+from helpers import kinds
 from helpers.answers import answered, rows_of
 from helpers.models import build_model, build_rows
 from helpers.trainers import collate
@@ -32,6 +38,7 @@ from helpers.trainers import collate
 TRAIN, VALIDATION = build_rows(24, seed=1), build_rows(6, seed=2)
 CLEAN, NOISY = rows_of(60, 1)[0], rows_of(70, 2, 0.3)[0]
 ANSWERED = answered(40, 1), answered(30, 2)
+CLASSIFIER = "LlamaForSequenceClassification"
 HANGS = timedelta(seconds=60)  # what waits longer waits for ever
 WINDOW = 10
 SCENARIOS = {}
@@ -600,14 +607,40 @@ def a_policy_that_raises_in_prefilter(rank, folder):
 # ---- weights that lie on all ranks ----
 
 
-def sharded(**settings):
-    model = build_model(dtype=torch.float64)
-    if is_one_of_two():
-        mesh = torch.distributed.init_device_mesh("cpu", (2,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh, **settings)
-    return model
+def each_way(function):
+    """DeepSpeed's scenarios are there where it is, in an environment of its own."""
+    for how in ("fsdp2", "fsdp1", *(("zero2", "zero3") if find_spec("deepspeed") else ())):
+        scenario(how=how)(function)
+    return function
+
+
+def sharded(how="fsdp2", model=None, **settings):
+    """A model whose layers and the rest lie on both ranks; FSDP1 and DeepSpeed give a wrapper around it."""
+    model = model or build_model(dtype=torch.float64)
+    model = model.float() if how == "zero3" else model  # which takes no float64
+    if not is_one_of_two():
+        return model
+    if how.startswith("zero"):
+        return partitioned(model, int(how[-1]))
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    if how == "fsdp1":
+        by_layer, cpu = ModuleWrapPolicy({type(layer) for layer in layers}), torch.device("cpu")
+        return FullyShardedDataParallel(
+            model, **{"auto_wrap_policy": by_layer, "use_orig_params": True, "device_id": cpu, **settings}
+        )
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh, **settings)
+
+
+def partitioned(model, stage):
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled here
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # the smallest weights too
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    return deepspeed.initialize(model=model, config=config, optimizer=torch.optim.SGD(model.parameters()))[0]
 
 
 def sharded_and_out_of_memory(rank, folder):
@@ -619,24 +652,95 @@ def sharded_and_out_of_memory(rank, folder):
     scorer.score(TRAIN)
 
 
-@scenario(reshard_after_forward=None)
-@scenario(reshard_after_forward=True)  # as accelerate does
-def sharded_weights(rank, folder, **settings):
-    scorer = scorer_of(sharded(**settings))
-    return [told(scorer.score(TRAIN)), scorer.run.sharded or not is_one_of_two()]
+@scenario(how="fsdp2", reshard_after_forward=True)  # as accelerate does
+@scenario(how="fsdp1", use_orig_params=False)
+@scenario(how="fsdp1", auto_wrap_policy=None)
+@scenario(how="fsdp1", auto_wrap_policy=ModuleWrapPolicy({nn.Linear, nn.Embedding}))  # the head is one of its own
+@each_way
+def sharded_weights(rank, folder, how, **settings):
+    scorer = scorer_of(sharded(how, **settings))
+    assert scorer.run.sharded == (is_one_of_two() and how != "zero2")
+    return [told(scorer.score(TRAIN)), scorer.provenance()["weights"]]
 
 
 @scenario()
-def explanations_by_sharded_weights(rank, folder):
-    scorer = ForValueScorer(sharded(), CLEAN, ForValueConfig("auto"), progress=False)
+def mixed_precision_of_fsdp1(rank, folder):
+    """Its dtype is that of the forward pass without being asked for."""
+    model = sharded("fsdp1", build_model(), mixed_precision=MixedPrecision(torch.bfloat16))
+    return told(scorer_of(model, forward_dtype=None if is_one_of_two() else "bfloat16").score(TRAIN))
+
+
+@scenario(*both("LlamaForCausalLM is what FSDP has wrapped, .*give the wrapper"), use_orig_params=True)
+@scenario(*both("LlamaForCausalLM is what FSDP has wrapped, .*give the wrapper"), use_orig_params=False)
+def a_model_without_its_wrapper(rank, folder, use_orig_params):
+    scorer_of(sharded("fsdp1", use_orig_params=use_orig_params).module)
+
+
+@scenario(*both("LlamaForCausalLM is split by tensor parallelism"), by="transformers")
+@scenario(*both("LlamaForCausalLM is split by tensor parallelism"), by="torch")
+def tensor_parallelism(rank, folder, by):
+    if by == "torch":
+        mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        model = parallelize_module(build_model(), mesh, {"lm_head": ColwiseParallel()})
+    else:
+        if rank == 0:
+            build_model().save_pretrained(folder / "model")
+        torch.distributed.barrier()
+        model = LlamaForCausalLM.from_pretrained(folder / "model", tp_plan="auto")
+    scorer_of(model).score(TRAIN)
+
+
+@each_way
+def sharded_weights_and_the_label_model(rank, folder, how):
+    return told(scorer_of(sharded(how), validation=CLEAN, method="label_model").score(NOISY))
+
+
+@each_way
+def sharded_weights_and_auto(rank, folder, how):
+    return told(scorer_of(sharded(how), validation=ANSWERED[0], method="auto").score(ANSWERED[1]))
+
+
+@each_way
+def sharded_weights_and_adapters(rank, folder, how):
+    torch.manual_seed(0)
+    model = get_peft_model(build_model(dtype=torch.float64), LoraConfig(r=2, init_lora_weights=False))
+    return told(scorer_of(sharded(how, model.double())).score(TRAIN))
+
+
+@each_way
+def a_sharded_classifier(rank, folder, how):
+    """The whole model is run up to its head."""
+    rows, validation = kinds.build_rows(CLASSIFIER, 24, seed=1), kinds.build_rows(CLASSIFIER, 6, seed=2)
+    model = sharded(how, kinds.build(CLASSIFIER))
+    return told(scorer_of(model, validation, kinds.collator(CLASSIFIER)).score(rows))
+
+
+@each_way
+def explanations_by_sharded_weights(rank, folder, how):
+    scorer = ForValueScorer(sharded(how), CLEAN, ForValueConfig("auto"), progress=False)
     return [explained(found) for found in scorer.explain(NOISY, [5, 3, 40])]
 
 
-@scenario()
-def sharded_weights_and_common_beginnings(rank, folder):
+@each_way
+def a_callback_with_sharded_weights(rank, folder, how):
+    """As a trainer is with `--fsdp`, which accelerate has for accelerators alone: training goes on after scoring."""
+    callback = callback_of()
+    trainer = trainer_of(folder / how, [callback])
+
+    def prepare(model, **options):
+        trainer.model = sharded(how, model)
+        return trainer.model
+
+    trainer.accelerator.prepare_model = prepare
+    trainer.train()
+    return [callback.scores.values.tolist(), callback.weights.tolist(), trainer.state.global_step]
+
+
+@each_way
+def sharded_weights_and_common_beginnings(rank, folder, how):
     """Two forward passes a batch, and not equally many batches on both ranks."""
     rows = [{"input_ids": [*range(3, 23), *row["input_ids"]], "labels": [-100] * 20 + row["labels"]} for row in TRAIN]
-    return told(scorer_of(sharded(), max_tokens=70).score(rows))
+    return told(scorer_of(sharded(how), max_tokens=70).score(rows))
 
 
 @scenario()
