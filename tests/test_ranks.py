@@ -23,7 +23,7 @@ def launched(folder, *names):
         [*launch, "helpers.ranks", str(folder), *names],
         cwd=Path(__file__).parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
+        timeout=600,
         capture_output=True,
         text=True,
     )
@@ -50,7 +50,7 @@ def nodes(tmp_path_factory):
         )
         for node in (0, 1)
     ]
-    said = [run.communicate(timeout=300)[1] for run in runs]
+    said = [run.communicate(timeout=600)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 

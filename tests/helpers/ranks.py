@@ -614,7 +614,7 @@ def each_way(function):
     return function
 
 
-def sharded(how="fsdp2", model=None, **settings):
+def sharded(how="fsdp2", model=None, units="layers", **settings):
     """A model whose layers and the rest lie on both ranks; FSDP1 and DeepSpeed give a wrapper around it."""
     model = model or build_model(dtype=torch.float64)
     model = model.float() if how == "zero3" else model  # which takes no float64
@@ -624,10 +624,9 @@ def sharded(how="fsdp2", model=None, **settings):
         return partitioned(model, int(how[-1]))
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     if how == "fsdp1":
-        by_layer, cpu = ModuleWrapPolicy({type(layer) for layer in layers}), torch.device("cpu")
-        return FullyShardedDataParallel(
-            model, **{"auto_wrap_policy": by_layer, "use_orig_params": True, "device_id": cpu, **settings}
-        )
+        classes = {"layers": {type(layer) for layer in layers}, "linear": {nn.Linear, nn.Embedding}, "none": set()}
+        settings = {"use_orig_params": True, "device_id": torch.device("cpu"), **settings}
+        return FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy(classes[units]), **settings)
     mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
@@ -654,8 +653,8 @@ def sharded_and_out_of_memory(rank, folder):
 
 @scenario(how="fsdp2", reshard_after_forward=True)  # as accelerate does
 @scenario(how="fsdp1", use_orig_params=False)
-@scenario(how="fsdp1", auto_wrap_policy=None)
-@scenario(how="fsdp1", auto_wrap_policy=ModuleWrapPolicy({nn.Linear, nn.Embedding}))  # the head is one of its own
+@scenario(how="fsdp1", units="none")
+@scenario(how="fsdp1", units="linear")  # the head is one of its own
 @each_way
 def sharded_weights(rank, folder, how, **settings):
     scorer = scorer_of(sharded(how, **settings))
