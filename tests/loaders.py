@@ -168,7 +168,34 @@ def swift(files: dict[str, Path]) -> Iterator[tuple[str, list[str] | Exception]]
             yield name, error
 
 
-INSIDE = {"llamafactory": llamafactory, "axolotl": axolotl, "ms-swift": swift}
+def openrlhf(files: dict[str, Path]) -> Iterator[tuple[str, list[str] | Exception]]:
+    """It knows an input and an output by name, or messages."""
+    from datasets import load_dataset
+    from openrlhf.datasets import SFTDataset
+    from transformers import AutoTokenizer
+
+    described = {
+        "alpaca": {"input_key": "instruction", "output_key": "output"},
+        "messages": {"input_key": "messages", "apply_chat_template": True},
+        "prompt-completion": {"input_key": "prompt", "output_key": "completion"},
+    }
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    for name, path in files.items():
+        if path.stem not in described:
+            continue
+        try:
+            rows = load_dataset("json", data_files=str(path), split="train")
+            args = types.SimpleNamespace(data=types.SimpleNamespace(**described[path.stem]))
+            strategy = types.SimpleNamespace(args=args)
+            made = SFTDataset(rows, tokenizer, 512, strategy, input_template="{}\n", num_processors=1)
+            batches = [made[i] for i in range(len(made))]
+            yield name, [tokenizer.decode(ids[0, 1:][mask[0, :-1].bool()]) for ids, _, mask in batches]
+        except Exception as error:
+            yield name, error
+
+
+INSIDE = {"openrlhf": openrlhf, "llamafactory": llamafactory, "axolotl": axolotl, "ms-swift": swift}
 
 
 def main() -> int:
