@@ -38,7 +38,7 @@ def rds_plus(model: nn.Module, rows: Rows, validation: Rows) -> Tensor:
     return _inner(pooled(model, rows, _position_weighted), pooled(model, validation, _position_weighted), True)
 
 
-def loss(model: nn.Module, rows: Rows) -> Tensor:
+def loss(model: nn.Module, rows: Rows | list[Sample]) -> Tensor:
     """Mean log-likelihood of the labelled tokens, (N,): minus the loss, so that well-predicted rows are high."""
     items = prepared(rows)
     return log_likelihoods(model, items) / counts(items)

@@ -83,7 +83,7 @@ def _behind(context: list[Sample], item: Sample) -> Sample:
     """The row behind others, which are not learnt."""
     (segment,) = item.segments
     tokens = [other.segments[0].tokens for other in context]
-    ids = np.concatenate([*tokens, segment.tokens])  # type: ignore[list-item]
+    ids = np.concatenate([*tokens, segment.tokens])
     moved = len(ids) - len(segment.tokens)  # type: ignore[arg-type]
     there = replace(segment, inputs={"input_ids": ids}, at=segment.at + moved, n_prompt=segment.n_prompt + moved)
     return replace(item, segments=(there,))
