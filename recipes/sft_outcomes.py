@@ -37,7 +37,7 @@ from datasets import Dataset, concatenate_datasets
 from datasets.utils.logging import disable_progress_bar
 from influence_comparison import LORA_METHODS
 from influence_report import CLOCKS, ComparisonConfig, Meter, known
-from outcome_report import BASE, CEILING, RANDOM, Run, picture, table
+from outcome_report import BASE, CEILING, Run, picture, table
 from outcomes import RIVALS, Job, answers_repeat, constant_scores, fine_tune
 from real_errors import commit
 from sft import make_trainer, parse, without_traceback
