@@ -68,6 +68,7 @@ def compare_task(config: CompareConfig, task: str, loss: str, seed: int) -> tupl
         "loss": lambda: baselines.loss(model, train),
         "IFD": lambda: baselines.ifd(model, train),
         "mutual information": lambda: baselines.pmi(model, train),
+        "in-context approximation, 3 rows": lambda: baselines.in_context(model, train, validation),
         "TF-IDF of the text": lambda: baselines.tfidf(texts, validation_texts),
         "TF-IDF of the answer": lambda: baselines.tfidf(answers, validation_answers),
         "random": lambda: baselines.random_scores(*same.shape, seed=seed),

@@ -13,20 +13,23 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from data import Rows
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from peft import LoraConfig
+from outcomes import constant_scores, fine_tune
+from sft import make_trainer
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PrinterCallback
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from forvalue_callbacks import (
     TINY_MODEL,
@@ -38,6 +41,7 @@ from forvalue_callbacks import (
     Reweight,
     Threshold,
 )
+from forvalue_callbacks.data.tables import OfDatasets
 from forvalue_callbacks.policies import Policy
 from forvalue_callbacks.tiny import instructions
 
@@ -61,7 +65,7 @@ class DemoConfig:
     output_dir: str = field(default="outputs/demo", metadata={"help": "Where scores, table and picture go."})
 
 
-def make_trainer(config: DemoConfig, train: Dataset, test: Dataset, callbacks=()) -> SFTTrainer:
+def trainer_of(config: DemoConfig, train: Dataset, test: Dataset, callbacks: Sequence[Any] = ()) -> SFTTrainer:
     """A fresh copy of the model under LoRA; every call starts from the same weights."""
     args = SFTConfig(
         output_dir=config.output_dir,
@@ -78,27 +82,13 @@ def make_trainer(config: DemoConfig, train: Dataset, test: Dataset, callbacks=()
         disable_tqdm=True,
         seed=config.seed,
     )
-    trainer = SFTTrainer(
-        config.model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=test,
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
-        callbacks=list(callbacks),
+    lora = ModelConfig(
+        model_name_or_path=config.model, use_peft=True, lora_r=8, lora_alpha=16, lora_target_modules=["all-linear"]
     )
+    rows = Rows(OfDatasets("generated rows", "generated", train), train, test, test, {}, [])
+    trainer = make_trainer(rows, args, lora, callbacks)
     trainer.remove_callback(PrinterCallback)  # the tables say it
     return trainer
-
-
-@torch.no_grad()
-def accuracy(trainer: SFTTrainer) -> float:
-    """Share of test rows whose whole answer is the model's first choice, token by token."""
-    model, right = trainer.model.eval(), []
-    for batch in trainer.get_eval_dataloader():
-        labels = batch["labels"][:, 1:]
-        best = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].argmax(-1)
-        right += ((best == labels) | (labels == -100)).all(1).tolist()
-    return float(np.mean(right))
 
 
 def within_answers(scores: np.ndarray, noisy: np.ndarray, answers: np.ndarray) -> float:
@@ -110,12 +100,6 @@ def within_answers(scores: np.ndarray, noisy: np.ndarray, answers: np.ndarray) -
 def policy(method: str, config: DemoConfig) -> Drop:
     """The true share of noise, which nobody knows in practice; `auto` finds it."""
     return Drop("auto" if method == "auto" else config.noise)
-
-
-def constant_scores(values: np.ndarray) -> ForValueScores:
-    """Scores made by hand, for the comparisons; they know no numbers of labelled tokens."""
-    n = len(values)
-    return ForValueScores(values.astype(np.float64), [None] * n, np.zeros(n), np.zeros(n, dtype=np.int64))
 
 
 def main(config: DemoConfig) -> list[dict[str, Any]]:
@@ -132,7 +116,7 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
     row = next(row for row in train if row["is_noisy"])
     print(f"  {row['prompt']!r} ->{row['completion']!r}, where {row['true_answer']!r} is right")
 
-    trainer = make_trainer(config, train, test)
+    trainer = trainer_of(config, train, test)
     trainer.evaluate(trainer.train_dataset.select(range(16)))  # warm up
     started = time.perf_counter()
     trainer.evaluate(trainer.train_dataset)
@@ -191,16 +175,13 @@ def main(config: DemoConfig) -> list[dict[str, Any]]:
     runs["clean rows only"] = None, filtering(Threshold(0.5), constant_scores(~noisy))
     table = []
     for name, (method, callback) in (bar := tqdm(runs.items(), desc="fine-tuning", unit="run")):
-        trainer = make_trainer(config, train, test, [callback] if callback else [])
-        started = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - started
+        outcome = fine_tune(trainer_of(config, train, test, [callback] if callback else []))
         table.append(
             {
                 "fine-tuning on": name,
-                "test loss": round(trainer.evaluate()["eval_loss"], 4),
-                "accuracy": round(accuracy(trainer), 3),
-                "training s": round(seconds, 1),
+                "test loss": round(outcome.test_loss, 4),
+                "accuracy": round(outcome.accuracy, 3),
+                "training s": round(outcome.training_seconds, 1),
                 "valuation s": round(valuation[method], 2) if method else "",
                 "x evaluate()": round(valuation[method] / pass_seconds, 2) if method else "",
             }

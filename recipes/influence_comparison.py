@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ LORA_METHODS: dict[str, Callable[..., Tensor]] = {
 }
 SCHULZ = "HyperINF, 30 Schulz steps"
 TRACIN_CP = "TracIn, all checkpoints"
+Z0_INF, RHO = "Z0-Inf, all checkpoints", "RHO-loss"
 NOTHING = Measured(None, 0.0, None)
 
 
@@ -193,6 +195,21 @@ def train_epochs(
         yield float(torch.stack(losses).mean()), float(np.mean(rates))
 
 
+def snapshot(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """What Z0-Inf reads of a checkpoint: the trainable parameters, and the log-likelihoods of both sides."""
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    return weights, *(baselines.log_likelihoods(model, side) for side in (rows.train, rows.validation))
+
+
+def rho_loss(
+    config: ComparisonConfig, meter: Meter, model: nn.Module, rows: Rows, seed: int
+) -> tuple[Measured, Measured]:
+    """Scoring and training: the other model is the same one, after a LoRA run on the validation rows alone."""
+    fitted = with_lora(copy.deepcopy(model), config, seed)
+    training = meter(lambda: [loss for loss, _ in train_epochs(fitted, rows.validation, config, seed)][-1])
+    return meter(lambda: baselines.rho_loss(model, fitted, rows.train)), training
+
+
 def compare(
     config: ComparisonConfig,
     task: str,
@@ -250,6 +267,8 @@ def compare(
                 notes.append(f"{task}, seed {seed}: For-Value, {method}{suffix}: {error}")
     for method, score in cheap.items():
         add(method, meter(score))
+    scoring, training = rho_loss(config, meter, model, rows, seed)
+    add(RHO, scoring, training=training)
 
     model = with_lora(model, config, seed)
     if config.costly:
@@ -266,6 +285,7 @@ def compare(
     rates = list[float]()
     medians, largest = list[str](), list[str]()  # residuals at each checkpoint
     over_checkpoints = torch.zeros(n, m)
+    snapshots = list[Measured]()
     for checkpoint in range(config.epochs + 1):
         if checkpoint > 0:
             (loss_now, rate), seconds, peak = meter(partial(next, epochs))
@@ -273,6 +293,7 @@ def compare(
             rates.append(rate)
         if checkpoint not in config.checkpoints:
             continue
+        snapshots.append(meter(partial(snapshot, model, rows)))
         gradients = meter(lambda: tuple(baselines.gradients(model, side) for side in (rows.train, rows.validation)))
         sides = gradients.value
         residuals: dict[str, float] = {}
@@ -294,4 +315,7 @@ def compare(
         f"{', '.join(largest)}; the per-sample gradients of one checkpoint take {kept:.0f} MiB"
     )
     add(TRACIN_CP, Measured(over_checkpoints, 0.0, None), config.epochs, training, all_gradients)
+    scoring = meter(lambda: baselines.z0_inf([shot.value for shot in snapshots]))
+    looked = Measured(None, sum(s.seconds for s in snapshots), max_of(*(s.peak_mib for s in snapshots)))
+    add(Z0_INF, scoring, config.epochs, training, looked)
     return results, notes

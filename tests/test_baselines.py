@@ -160,13 +160,74 @@ def test_pmi_and_ifd_compare_the_answer_with_and_without_its_prompt(model64, bos
     torch.testing.assert_close(baselines.ifd(model64, rows), published)
 
 
-@pytest.mark.parametrize("name", ["emb", "rds_plus", "loss", "pmi", "ifd"])
+def test_log_likelihoods_are_summed_over_the_labelled_tokens(model64):
+    rows = build_rows(6)
+    want = [log_p(model64, r["input_ids"], s) for r, s in zip(rows, answers(rows), strict=True)]
+    torch.testing.assert_close(baselines.log_likelihoods(model64, rows), torch.tensor(want, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["emb", "rds_plus", "loss", "pmi", "ifd", "in_context"])
 def test_a_row_has_the_same_baseline_score_alone_and_among_others(model64, name):
     rows, validation = build_rows(6), build_rows(3, seed=1)
     method = getattr(baselines, name)
-    sides = (validation,) if name in ("emb", "rds_plus") else ()
+    sides = (validation,) if name in ("emb", "rds_plus", "in_context") else ()
     whole = method(model64, rows, *sides)
     torch.testing.assert_close(whole, torch.cat([method(model64, [row], *sides) for row in rows]))
+
+
+# ---- the loss before and after the validation rows are known ----
+
+
+def mean_log_p(model, row):
+    start = answers([row])[0]
+    return log_p(model, row["input_ids"], start) / (len(row["input_ids"]) - start)
+
+
+def test_rho_loss_is_what_a_fitted_model_takes_off_the_loss(model64):
+    rows, fitted = build_rows(6), build_model(dtype=torch.float64, seed=1)
+    want = [-mean_log_p(model64, row) + mean_log_p(fitted, row) for row in rows]
+    torch.testing.assert_close(baselines.rho_loss(model64, fitted, rows), torch.tensor(want, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_in_context_is_what_the_nearest_validation_rows_before_it_take_off_the_loss(model64, k):
+    rows, validation = build_rows(8), build_rows(5, seed=1)
+
+    def prompt(row):
+        return hidden(model64, {"input_ids": row["input_ids"][: answers([row])[0]]}).mean(0)
+
+    want, chosen = [], set()
+    for row in rows:
+        similar = [float(torch.cosine_similarity(prompt(row), prompt(v), dim=0)) for v in validation]
+        nearest = sorted(range(5), key=similar.__getitem__)[-k:]  # the nearest last
+        chosen.add(tuple(nearest))
+        before = [token for j in nearest for token in validation[j]["input_ids"]]
+        start, ids = answers([row])[0], row["input_ids"]
+        with_context = log_p(model64, before + ids, len(before) + start) / (len(ids) - start)
+        want.append(-mean_log_p(model64, row) + with_context)
+    assert len(chosen) > 1
+    got = baselines.in_context(model64, rows, validation, k=k)
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+
+def test_in_context_takes_a_row_without_a_prompt(model64):
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]
+    want = (log_p(model64, [9, 8, 5, 6, 7], 3) - log_p(model64, [5, 6, 7], 1)) / 2
+    got = baselines.in_context(model64, rows, [{"input_ids": [9, 8], "labels": [-100, 8]}], k=1)
+    assert got.tolist() == pytest.approx([want])
+
+
+def test_in_context_refuses_what_has_no_place_in_a_context(model64):
+    rows = build_rows(4)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"k={k} of 4 validation rows"):
+            baselines.in_context(model64, rows, rows, k=k)
+    long = [{"input_ids": [5] * 30, "labels": [-100] + [5] * 29}] * 3
+    with pytest.raises(ValueError, match="119 tokens, and the model takes 64: lower k=3"):
+        baselines.in_context(model64, long, long)
+    image = {**rows[0], "pixel_values": torch.zeros(3, 8, 8)}
+    with pytest.raises(ValueError, match="rows with images"):
+        baselines.in_context(model64, [image], rows, k=1)
 
 
 # ---- moved models ----

@@ -147,6 +147,25 @@ def test_costly_methods_agree_with_tracin_at_the_start_and_leave_the_model_as_it
     assert cosine > 0.98
 
 
+def test_what_z0_inf_and_rho_loss_read_of_a_run():
+    """The first checkpoint is the model itself, and only the second model has seen the validation rows."""
+    prepare = RowPreparer(AutoTokenizer.from_pretrained(TINY_MODEL), RowConfig())
+    items = [recipe.tokenised(prepare(row)) for row in tasks.task_rows("math", 0, 1, 1)[0][:6]]
+    rows = comparison.Rows(items[:4], items[4:], items[:4], items[4:])
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL).eval()
+    config = comparison.ComparisonConfig(epochs=2, learning_rate=1e-2)
+    before = baselines.loss(model, items)
+    scoring, training = comparison.rho_loss(config, report.Meter("wall"), model, rows, 0)
+    assert torch.equal(baselines.loss(model, items), before)
+    assert scoring.value.shape == (4,)
+    assert scoring.value.abs().max() > 0
+    assert training.value < -float(before[4:].mean()), "the loss of the last epoch, on the validation rows"
+    weights, train, validation = comparison.snapshot(comparison.with_lora(model, config, 0), rows)
+    assert len(weights) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts = [sum(label != -100 for label in row["labels"]) for row in items]
+    torch.testing.assert_close(torch.cat([train, validation]), before * torch.tensor(counts))
+
+
 def test_a_label_s_first_validation_row_stands_for_it():
     relevant = np.eye(3, dtype=bool)[[0, 0, 1, 2]][:, [2, 2, 0, 1, 0]]
     labels = comparison.Labels(relevant, validation_M=np.arange(5))
@@ -213,6 +232,7 @@ def test_a_small_run_compares_every_method_at_every_checkpoint(run):
     folder, results = run
     methods = {result.method for result in results}
     assert set(comparison.LORA_METHODS) | {comparison.SCHULZ, comparison.TRACIN_CP} <= methods
+    assert {comparison.RHO, comparison.Z0_INF, "in-context approximation, 3 rows"} <= methods
     assert {"For-Value, gradient", "For-Value, whitened", "Emb", "RDS+", "TF-IDF of the text", "random"} <= methods
     for method in comparison.LORA_METHODS:
         assert [r.checkpoint for r in results if r.method == method] == [0, 1]

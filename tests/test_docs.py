@@ -33,10 +33,10 @@ RECIPES = {
     "reweight_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
 }
 # Run by tests of their own.
-ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm"}
+ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm", "sft_outcomes"}
 # Modules that recipes share, not scripts.
 SHARED = {"data", "sft", "influence_comparison", "influence_report", "influence_tasks", "real_errors"}
-SHARED |= {"shapes", "vlm_tasks"}
+SHARED |= {"shapes", "vlm_tasks", "outcomes", "outcome_report"}
 
 
 def test_every_recipe_is_known_here():

@@ -51,6 +51,44 @@ def test_tracin_is_the_inner_product_of_whole_gradients(sides):
     torch.testing.assert_close(baselines.tracin(*sides), g @ v.T, rtol=1e-12, atol=1e-12)
 
 
+def checkpoints(n):
+    generator = torch.Generator().manual_seed(4)
+    return [tuple(torch.randn(k, generator=generator, dtype=torch.float64) for k in (11, 6, 3)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_z0_inf_is_the_inner_product_of_gradients_guessed_between_checkpoints(n):
+    runs = checkpoints(n)
+
+    def gradient(k, side, row):
+        """Along each step to a neighbour, the slope of the row's log-likelihood."""
+        near = [j for j in (k - 1, k + 1) if j in range(n)]
+        total = torch.zeros(11, dtype=torch.float64)
+        for j in near:
+            step = runs[k][0] - runs[j][0]
+            total += (runs[k][side][row] - runs[j][side][row]) * step / (step @ step) / len(near)
+        return total
+
+    want = [[sum(gradient(k, 1, i) @ gradient(k, 2, j) for k in range(n)) / n for j in range(3)] for i in range(6)]
+    torch.testing.assert_close(baselines.z0_inf(runs), torch.tensor(want, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+def test_z0_inf_of_linear_losses_is_that_of_gradients_along_the_run():
+    """Two checkpoints, losses `<g, w>`: what is seen of both gradients is their part along the step."""
+    g, v = torch.randn(6, 11, dtype=torch.float64), torch.randn(3, 11, dtype=torch.float64)
+    ends = torch.randn(2, 11, dtype=torch.float64)
+    along = (ends[1] - ends[0]) / (ends[1] - ends[0]).norm()
+    got = baselines.z0_inf([(w, g @ w, v @ w) for w in ends])
+    torch.testing.assert_close(got, torch.outer(g @ along, v @ along))
+
+
+def test_z0_inf_says_nothing_of_a_run_that_stands_still_and_wants_two_checkpoints():
+    (run,) = checkpoints(1)
+    assert torch.equal(baselines.z0_inf([run, run]), torch.zeros(6, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="1 of at least 2"):
+        baselines.z0_inf([run])
+
+
 def test_tracin_over_checkpoints_weighs_them_by_their_learning_rates(sides):
     later = random_gradients(9, 2), random_gradients(4, 3)
     got = baselines.tracin_checkpoints(iter([(0.5, *sides), (0.1, *later)]))

@@ -27,7 +27,7 @@ def emb(model: nn.Module, rows: Rows, validation: Rows, *, cosine: bool = False)
 
     "Emb" of arXiv 2508.10180. Raw, it follows the length of the row; `cosine=True` divides by both norms.
     """
-    return _inner(_pooled(model, rows, _sum), _pooled(model, validation, _sum), cosine)
+    return _inner(pooled(model, rows, _sum), pooled(model, validation, _sum), cosine)
 
 
 def rds_plus(model: nn.Module, rows: Rows, validation: Rows) -> Tensor:
@@ -35,13 +35,26 @@ def rds_plus(model: nn.Module, rows: Rows, validation: Rows) -> Tensor:
 
     `sum_t t h_t / sum_t t` over all tokens of the row, t = 1, 2, ...: the prompt counts too, as published.
     """
-    return _inner(_pooled(model, rows, _position_weighted), _pooled(model, validation, _position_weighted), True)
+    return _inner(pooled(model, rows, _position_weighted), pooled(model, validation, _position_weighted), True)
 
 
-def loss(model: nn.Module, rows: Rows) -> Tensor:
+def loss(model: nn.Module, rows: Rows | list[Sample]) -> Tensor:
     """Mean log-likelihood of the labelled tokens, (N,): minus the loss, so that well-predicted rows are high."""
     items = prepared(rows)
-    return _log_likelihoods(model, items) / _counts(items)
+    return log_likelihoods(model, items) / counts(items)
+
+
+def log_likelihoods(model: nn.Module, rows: Rows | list[Sample]) -> Tensor:
+    """Sum of log p over the labelled tokens of each row, (N,); 0 without any."""
+    items, backbone = prepared(rows), Backbone(model)
+    out = torch.zeros(len(items), dtype=torch.float64)
+    with left_as_found(model):
+        head = backbone.head()
+        for batch in batches(items, device=backbone.device):
+            hidden_TD = batch.pick(backbone.hidden_states(batch.inputs))
+            log_p_T = core.log_likelihood_tokens(head, hidden_TD, batch.target_T).double()
+            out[batch.index] = batch.sum(log_p_T).cpu()
+    return out
 
 
 def pmi(model: nn.Module, rows: Rows, *, bos_token_id: int | None = None) -> Tensor:
@@ -56,9 +69,9 @@ def pmi(model: nn.Module, rows: Rows, *, bos_token_id: int | None = None) -> Ten
     if bos_token_id is None:
         bos_token_id = backbone.causal.config.get_text_config().bos_token_id
     given, alone = _with_and_without_prompt(items, bos_token_id)
-    counts = _counts(given)
-    difference = _log_likelihoods(model, given) - _log_likelihoods(model, alone)
-    return torch.where(counts > 0, difference / counts.clamp(min=1), 0.0)
+    n_labelled = counts(given)
+    difference = log_likelihoods(model, given) - log_likelihoods(model, alone)
+    return torch.where(n_labelled > 0, difference / n_labelled.clamp(min=1), 0.0)
 
 
 def ifd(model: nn.Module, rows: Rows, *, bos_token_id: int | None = None) -> Tensor:
@@ -72,7 +85,7 @@ def ifd(model: nn.Module, rows: Rows, *, bos_token_id: int | None = None) -> Ten
     return torch.where(ratio < 1, ratio, -ratio)
 
 
-def _pooled(model: nn.Module, rows: Rows, pool: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+def pooled(model: nn.Module, rows: Rows | list[Sample], pool: Callable[[Tensor, Batch], Tensor]) -> Tensor:
     """One vector per row, float64 (N, D)."""
     backbone, items = Backbone(model), prepared(rows)
     out: Tensor | None = None
@@ -104,20 +117,8 @@ def _inner(rows_ND: Tensor, validation_MD: Tensor, cosine: bool) -> Tensor:
     return rows_ND @ validation_MD.T
 
 
-def _log_likelihoods(model: nn.Module, items: list[Sample]) -> Tensor:
-    """Sum of log p over the labelled tokens of each row, float64 (N,); 0 without any."""
-    backbone = Backbone(model)
-    out = torch.zeros(len(items), dtype=torch.float64)
-    with left_as_found(model):
-        head = backbone.head()
-        for batch in batches(items, device=backbone.device):
-            hidden_TD = batch.pick(backbone.hidden_states(batch.inputs))
-            log_p_T = core.log_likelihood_tokens(head, hidden_TD, batch.target_T).double()
-            out[batch.index] = batch.sum(log_p_T).cpu()
-    return out
-
-
-def _counts(items: list[Sample]) -> Tensor:
+def counts(items: list[Sample]) -> Tensor:
+    """Labelled tokens of each row, float64 (N,)."""
     return torch.tensor([item.n_labelled for item in items], dtype=torch.float64)
 
 

@@ -17,7 +17,7 @@ every LoRA A before the first step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +50,41 @@ def tracin_checkpoints(checkpoints: Iterable[tuple[float, Gradients, Gradients]]
     if total is None:
         raise ValueError("tracin_checkpoints: no checkpoint")
     return total
+
+
+def z0_inf(checkpoints: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Z0-Inf (arXiv 2510.11832): gradients guessed from what consecutive checkpoints do to the losses, float64 (N, M).
+
+    Mean over the K checkpoints of `< g_k(z), g_k(v) >`, where the gradient of a row at checkpoint k is put together
+    from its log-likelihoods there and at the checkpoints before and after it (as many as there are)::
+
+        g_k(z) = mean_j (l_k(z) - l_j(z)) (w_k - w_j) / ||w_k - w_j||^2,    j = k - 1, k + 1
+
+    No more than what points along the run itself is seen of a gradient. Of the weights only their inner products are
+    needed, (K, K). The published code weighs neighbours by their closeness too, takes the mean row off the losses,
+    and multiplies by the rank correlation of both sides' losses: three settings that are left out here.
+
+    Args:
+        checkpoints: the trainable parameters (P,), and the log-likelihoods of both sides, (N,) and (M,), in the order
+            of the run. One loss of each row per checkpoint; no gradient.
+
+    Raises:
+        ValueError: fewer than two checkpoints.
+    """
+    if len(checkpoints) < 2:
+        raise ValueError(f"z0_inf compares checkpoints: {len(checkpoints)} of at least 2")
+    weights, rows, validation = zip(*checkpoints, strict=True)
+    weights_KP = torch.stack([w.double() for w in weights])
+    rows_KN, validation_KM = (torch.stack([side.double() for side in sides]) for sides in (rows, validation))
+    last = len(weights_KP) - 1
+    total = rows_KN.new_zeros(rows_KN.shape[1], validation_KM.shape[1])
+    for k in range(last + 1):
+        near = [j for j in (k - 1, k + 1) if 0 <= j <= last]
+        step_JP = weights_KP[k] - weights_KP[near]
+        slope_J = 1 / (len(near) * step_JP.square().sum(1).clamp(min=1e-300))  # equal ones: the differences are 0
+        metric_JJ = slope_J[:, None] * (step_JP @ step_JP.T).to(rows_KN.device) * slope_J
+        total += (rows_KN[k] - rows_KN[near]).T @ metric_JJ @ (validation_KM[k] - validation_KM[near])
+    return total / (last + 1)
 
 
 def datainf(rows: Gradients, validation: Gradients, *, damping: float = DAMPING) -> Tensor:
