@@ -58,9 +58,7 @@ class Along:
     def of(
         cls, like_VD: Tensor, directions: Sequence[Tensor], metrics: Sequence[Tensor], moves: Sequence[Move]
     ) -> Along:
-        """Args:
-        like_VD: of the vocabulary, the device and the dtype that the sums have.
-        """
+        """`like_VD` is of the vocabulary, the device and the dtype that sums have."""
         still_VK = like_VD.new_ones(len(like_VD), len(moves) + 1)
         for k, move in enumerate(moves):
             still_VK[move.seen_S, k] = 0
@@ -73,7 +71,7 @@ class Measured:
 
     Args:
         log_likelihood_T: of the labels.
-        temperature_T: the score along W itself, which is that of a colder softmax.
+        temperature_T: the score along W itself, which is that of a colder softmax; 0 without directions.
         score_TK, metric_score_TK: along each direction D, and along D M.
         gain_TK: log-likelihood after each move, minus before.
         squares_NK: squared norm of each row's gradient, and then in each metric; no columns without directions.
@@ -142,9 +140,8 @@ class _Tile:
         self.still_TK = new(along.still_VK.shape[1])  # mass of the tokens that moves leave alone, and of all
         places = [torch.searchsorted(move.seen_S, labels_T) for move in along.moves]
         self.after = [OnlineSoftmax(hidden_TD, self.dtype, place) for place in places]
-        self.grams = [
-            _Gram(lengths, rows, labels_T, self.dtype) for rows in (_alike(lengths) if along.metrics else [])
-        ]
+        groups = _alike(lengths) if along.metrics else []
+        self.grams = [_Gram(lengths, rows, labels_T, self.dtype) for rows in groups]
 
     def measured(self, vocab_block: int) -> Measured:
         cut = list(blocks(self.head.vocab_size, vocab_block))
@@ -163,7 +160,7 @@ class _Tile:
             gram.finish(error_y, mass)
         return Measured(
             log_p,
-            error_y * self.linear_y - self.linear / mass,
+            error_y * self.linear_y - self.linear / mass if sides else torch.zeros_like(mass),
             self._columns([(side * self.states_TD).sum(1) for side in sides]),
             self._columns([(side * other).sum(1) for side, other in zip(sides, states[1:], strict=False)]),
             self._columns([self._gain(k, own, log_p) for k in range(len(self.after))]),
@@ -196,7 +193,7 @@ class _Tile:
         self.still_TK.mul_(shrink[:, None]).addmm_(mass_TC, self.along.still_VK[block])
         if self.along.metrics:
             self.pulled_TE.mul_(shrink[:, None]).addmm_(weighted_TC, self.along.directions_VE[block])
-        self.linear.mul_(shrink).add_(torch.einsum("tc,tc->t", weighted_TC, linear_TC))
+            self.linear.mul_(shrink).add_(torch.linalg.vecdot(weighted_TC, linear_TC))
         for gram in self.grams:
             gram.fold(weighted_TC, shrink, block)
 
@@ -216,7 +213,7 @@ class _Tile:
             out[gram.rows] = torch.stack([gram.squares(states[0], other) for other in states], 1)
         return out if self.along.metrics else out[:, :0]
 
-    def _columns(self, columns: Sequence[Tensor]) -> Tensor:
+    def _columns(self, columns: list[Tensor]) -> Tensor:
         return torch.stack(columns, 1) if columns else self.states_TD[:, :0]
 
 

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Auto(Method):
     needs_validation = False
     finishing = "weighing the evidence"
     reads_prompt = True
-    parts = ("rows", "answers alone")
+    parts: ClassVar[tuple[str, ...]] = ("rows", "answers alone")
     bos = 0
 
     def chosen(self, validation: Sequence[Sample]) -> Method:
@@ -98,9 +99,8 @@ class Auto(Method):
         reference = Reference(halves, [len(rows) for rows in places], frequency, spelling)
         # Each half is judged by the other one.
         others = [reference.half(1), reference.half(0)]
-        whole = [
-            whole_rows(other, head, batch) for other, batches in zip(others, kept, strict=True) for batch in batches
-        ]
+        judged_by = zip(others, kept, strict=True)
+        whole = [whole_rows(other, head, batch) for other, batches in judged_by for batch in batches]
         index = [i for batches in kept for batch in batches for i in batch.index]
         del kept
         alone = measured(run, _Alone(self.bos), {"reference": reference}, validation, ALONE)

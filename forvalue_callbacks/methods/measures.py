@@ -7,6 +7,7 @@ validation row is never judged by itself.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -113,11 +114,16 @@ class Reference:
         assert segment.tokens is not None
         prompt = n_grams(segment.tokens[: segment.n_prompt])
         answer = n_grams(learnt(segment))
-        out = []
-        for documents, frequency in zip(self.documents, self.frequency, strict=True):
-            weight = {g: np.log((documents + 1) / (frequency[g] + 0.5)) for g in answer}
-            out.append(float(sum(weight[g] for g in answer & prompt) / max(sum(weight.values()), 1e-9)))
+        shared, out = answer & prompt, []
+        for weights, frequency in zip(self._weights, self.frequency, strict=True):
+            weight = {g: weights[frequency.get(g, 0)] for g in answer}
+            out.append(sum(weight[g] for g in shared) / max(sum(weight.values()), 1e-9))
         return out
+
+    @cached_property
+    def _weights(self) -> list[list[float]]:
+        """Of each half, of an n-gram by the number of rows that have it."""
+        return [[math.log((n + 1) / (k + 0.5)) for k in range(n + 1)] for n in self.documents]
 
     def projected(self, means_RD: Tensor, side: int) -> np.ndarray:
         """Mean states along the directions that are kept, float32."""
