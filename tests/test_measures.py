@@ -145,7 +145,7 @@ def test_what_half_of_the_validation_rows_says_of_a_row_is_written_out():
         direction = torch.stack([row_gradient(model, row) for row in validation[h::2]]).mean(0)
         moved = deepcopy(model)
         with torch.no_grad():
-            moved.get_output_embeddings().weight += half.move_VD
+            moved.get_output_embeddings().weight[half.move.seen_S] += half.move.move_SD
         before, after = (np.array([log_likelihood(m, row) for row in rows]) for m in (model, moved))
         after_alone = np.array([log_likelihood(moved, row) for row in alone])
         want, plain = {}, torch.eye(len(metric), dtype=metric.dtype)
@@ -155,7 +155,7 @@ def test_what_half_of_the_validation_rows_says_of_a_row_is_written_out():
             want[f"{name}, cosine"] = want[name] / [float((g @ m * g).sum().sqrt()) for g in gradients]
         want |= {"fitted": after - before, "fitted, length": (after - before) / n, "fitted_likelihood": after / n}
         want["mutual information, fitted"] = (after - after_alone) / n
-        assert half.move_VD.any()
+        assert half.move.move_SD.any()
         assert {"overlap", *want} == set(HALF_CANDIDATES)
         for name, values in want.items():
             assert relative(by_name(found, h)[name], values) < 1e-6, name

@@ -124,7 +124,13 @@ def unweighed(self, state, found):
         ("fitted", ["validation rows", "rows to score"]),
         (
             "auto",
-            ["first half of the validation rows", "second half", "validation rows", "copies of them", "rows to score"],
+            [
+                "first half of the validation rows",
+                "second half",
+                "their answers alone",
+                *["copies of them"] * 2,
+                "rows to score",
+            ],
         ),
     ],
 )

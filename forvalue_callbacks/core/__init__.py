@@ -15,12 +15,16 @@ from .stream import (
     score_tokens,
     tile_for,
 )
+from .wide import Along, Measured, Move, measure
 
 __all__ = [
     "PAIR_TILE",
     "TOKEN_TILE",
     "VOCAB_BLOCK",
+    "Along",
     "Head",
+    "Measured",
+    "Move",
     "add_gradient",
     "errors",
     "factor",
@@ -29,6 +33,7 @@ __all__ = [
     "inverse_with_ridge",
     "log_likelihood_tokens",
     "log_normalizer",
+    "measure",
     "product",
     "score_pairs",
     "score_tokens",

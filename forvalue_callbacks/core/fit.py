@@ -7,7 +7,7 @@ labels in validation, F features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ ITERATIONS, LAST_ITERATIONS = 8, 25
 MAX_POSITIONS, CROSS_VALIDATED_POSITIONS = 8192, 4096
 # Added to the eigenvalues of the second moment, as a share of their mean.
 FLOOR = 1e-2
+# So many logits are kept while the head is fitted, rather than made again at each step: 256 MB.
+KEPT_LOGITS = 2**26
 SOFTMAX_ITERATIONS = 100
 # Steps that L-BFGS remembers; those of a fit of the head are fewer.
 HISTORY = 8
@@ -97,6 +99,10 @@ def _folds(rows_T: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
     return fold_of_row[torch.searchsorted(rows, rows_T)], folds
 
 
+# Logits before the move, z, labels and the mass of the tokens that are not seen.
+_Positions = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 class _Problem:
     """The likelihood of some positions as a function of M, (S, D)."""
 
@@ -104,28 +110,38 @@ class _Problem:
         self.head, self.hidden_TD, self.z_TD, self.target_T, self.rest_T = head, hidden_TD, z_TD, target_T, rest_T
         self.no_move = hidden_TD.new_zeros(head.vocab_size, hidden_TD.shape[1])
 
-    def _log_p(self, move_SD: Tensor, at: Tensor) -> Tensor:
-        linear = self.head.linear(self.hidden_TD[at], slice(None)) + self.z_TD[at] @ move_SD.T
-        scaled = linear * self.head.scale
+    def _tile(self, at: Tensor) -> _Positions:
+        """What is read of some positions, whatever the move."""
+        linear = self.head.linear(self.hidden_TD[at], slice(None))
+        return linear, self.z_TD[at], self.target_T[at], self.rest_T[at]
+
+    def _log_p(self, move_SD: Tensor, tile: _Positions) -> Tensor:
+        before, z_TD, target_T, rest_T = tile
+        scaled = (before + z_TD @ move_SD.T) * self.head.scale
         logits = scaled if self.head.softcap is None else self.head.softcap * (scaled / self.head.softcap).tanh()
-        own = logits.gather(1, self.target_T[at][:, None])[:, 0]
-        return own - torch.logaddexp(logits.logsumexp(-1), self.rest_T[at])
+        own = logits.gather(1, target_T[:, None])[:, 0]
+        return own - torch.logaddexp(logits.logsumexp(-1), rest_T)
 
     def log_likelihood(self, move_SD: Tensor, where_T: Tensor) -> float:
         places = where_T.nonzero()[:, 0]
         with torch.no_grad():
-            return sum(float(self._log_p(move_SD, at).double().sum()) for at in places.split(TOKEN_TILE))
+            return sum(float(self._log_p(move_SD, self._tile(at)).double().sum()) for at in places.split(TOKEN_TILE))
 
     def fit(self, start_SD: Tensor, ridge: float, where_T: Tensor, iterations: int) -> Tensor:
         """The best M of one ridge; the gradient is of this small problem only, never through the network."""
         places = where_T.nonzero()[:, 0].split(TOKEN_TILE)
+        # The logits before the move are the same in all steps.
+        known = [self._tile(at) for at in places] if self._n_logits(places) <= KEPT_LOGITS else None
 
         def loss(move_SD: Tensor) -> Iterator[Tensor]:
             yield 0.5 * ridge * move_SD.square().sum()
-            for at in places:
-                yield -self._log_p(move_SD, at).sum()
+            for tile in map(self._tile, places) if known is None else known:
+                yield -self._log_p(move_SD, tile).sum()
 
         return minimum(by_autograd(loss), start_SD, iterations, tolerance=1e-4)
+
+    def _n_logits(self, places: Sequence[Tensor]) -> int:
+        return sum(len(at) for at in places) * self.head.vocab_size
 
     def curve(self, fold_T: Tensor, n_folds: int) -> dict[float, float]:
         """Held-out log-likelihood per position for each ridge tried, from stiff to loose, inf for no move."""

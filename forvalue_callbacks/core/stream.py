@@ -71,9 +71,9 @@ class OnlineSoftmax:
             kernel(self, block, logits_TC, value_TC)
             return
         if self.labels is not None:
-            self.logit_y = _pick(self.logit_y, logits_TC, self.labels, block)
+            self.logit_y = pick(self.logit_y, logits_TC, self.labels, block)
             if value_TC is not None:
-                self.value_y = _pick(self.value_y, value_TC, self.labels, block)
+                self.value_y = pick(self.value_y, value_TC, self.labels, block)
         top = torch.maximum(self.top, logits_TC.amax(-1))
         shrink = (self.top - top).exp_()
         mass_TC = logits_TC.sub_(top[:, None]).exp_()
@@ -107,7 +107,7 @@ def fold_kernel() -> Callable[..., None] | None:
     return fold
 
 
-def _pick(out_T: Tensor, value_TC: Tensor, labels_T: Tensor, block: slice) -> Tensor:
+def pick(out_T: Tensor, value_TC: Tensor, labels_T: Tensor, block: slice) -> Tensor:
     """out_T with value_TC[t, y_t] written where y_t lies in the block (no synchronisation, unlike a masked index)."""
     inside = (labels_T >= block.start) & (labels_T < block.stop)
     column = (labels_T - block.start).clamp(0, value_TC.shape[1] - 1)

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ MIN_ROWS = 40
 MIN_COPIES = 60
 # A part of the training rows that is not judged, from which on there is a warning.
 MANY_UNJUDGED = 0.05
-COPIES = "copies of them"
+ALONE, COPIES = "their answers alone", "copies of them"
 HALVES = ("first half of the validation rows", "second half")
 
 
@@ -53,7 +54,7 @@ class Auto(Method):
     needs_validation = False
     finishing = "weighing the evidence"
     reads_prompt = True
-    parts = ("rows", "answers alone")
+    parts: ClassVar[tuple[str, ...]] = ("rows", "answers alone")
     bos = 0
 
     def chosen(self, validation: Sequence[Sample]) -> Method:
@@ -71,7 +72,7 @@ class Auto(Method):
         both = (tokens + float(np.mean([sample.n_labelled for sample in validation]))) / 2
         n_copies = sum(_n_copies(n, kind) for kind in (*KINDS, *FORMS))
         before = [Pass(half, n // 2, tokens) for half in HALVES]
-        before += [Pass(VALIDATION, 2 * n, both), Pass(COPIES, 2 * n_copies, both)]
+        before += [Pass(ALONE, n, 2 * both - tokens), *[Pass(COPIES, n_copies, both) for _ in HALVES]]
         passes = [] if fitted else before
         what = f"{VALIDATION}, {n_copies:,} corrupted {COPIES}, {ROWS}; of each the answers alone too"
         passes = [*passes, Pass(ROWS, None if n_rows is None else 2 * n_rows, both)]
@@ -85,24 +86,32 @@ class Auto(Method):
         half, fold = np.unique(digests, return_inverse=True)[1] % 2, fold_of(digests)
         places = [np.flatnonzero(half == h) for h in (0, 1)]
         head = run.backbone.head()
-        halves = []
+        halves, kept = [], []
         with together("scoring the validation rows", run.sharded):
             for rows, name in zip(places, HALVES, strict=True):
-                batches = run.positions([validation[int(i)] for i in rows], self, name, all_ranks=True)
-                halves.append(Half.of(head, concatenate(batches), WHITENING_RIDGE))
+                positions = run.positions([validation[int(i)] for i in rows], self, name, all_ranks=True)
+                kept.append(list(positions))
+                halves.append(Half.of(head, concatenate(kept[-1]), WHITENING_RIDGE))
         frequency: list[Counter[tuple[int, ...]]] = [Counter(), Counter()]
         for sample, h in zip(validation, half, strict=True):
             frequency[h].update(n_grams(_tokens(sample)))
         spelling = Spelling.of(run.reader.prepare.processing_class)
         reference = Reference(halves, [len(rows) for rows in places], frequency, spelling)
-        clean = measured(run, self, {"reference": reference}, validation, VALIDATION)
+        # Each half is judged by the other one.
+        others = [reference.half(1), reference.half(0)]
+        judged_by = zip(others, kept, strict=True)
+        whole = [whole_rows(other, head, batch) for other, batches in judged_by for batch in batches]
+        index = [i for batches in kept for batch in batches for i in batch.index]
+        del kept
+        alone = measured(run, _Alone(self.bos), {"reference": reference}, validation, ALONE)
+        clean = _clean(validation, half, whole, index, alone)
         sides = torch.from_numpy(clean["prompt"]).double(), torch.from_numpy(clean["answer"]).double()
         if (bases := leading(*sides)) is not None:
-            reference = replace(reference, bases=bases)
+            reference, *others = (replace(one, bases=bases) for one in (reference, *others))
             for name, side, basis in zip(("prompt", "answer"), sides, bases, strict=True):
                 clean[name] = (side @ basis).numpy()
         kinds, copies = _copies(run, validation, places, spelling)
-        found = measured(run, self, {"reference": reference}, [copy for _, _, copy in copies], COPIES)
+        found = self._of_copies(run, others, half, copies)
         rows, classes = (np.array([copy[side] for copy in copies])[found["index"]] for side in (0, 1))
         clean["place"] = np.array([validation[int(i)].index for i in clean["index"]])
         place = np.full(len(validation), -1)
@@ -114,6 +123,20 @@ class Auto(Method):
             "copies": {**found, "class": classes, "row": place[rows], "half": half[rows], "fold": fold[rows]},
         }
 
+    def _of_copies(
+        self, run: Run, others: Sequence[Reference], half: np.ndarray, copies: Sequence[tuple[int, int, Sample]]
+    ) -> Columns:
+        """Columns of copies of validation rows, judged by the half that these are not in, in their order."""
+        rows, parts = np.array([row for row, _, _ in copies]), []
+        for h, other in enumerate(others):
+            # Those of a row follow one another: they share its prompt, which is run once.
+            here = np.flatnonzero(half[rows] == h)
+            here = here[np.argsort(rows[here], kind="stable")]
+            part = measured(run, self, {"reference": other}, [copies[int(i)][2] for i in here], COPIES)
+            parts.append({**part, "index": here[part["index"]]})
+        order = np.argsort(np.concatenate([part["index"] for part in parts]))
+        return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+
     def score(self, state: State, head: Head, positions: Positions) -> Columns:
         measure = whole_rows if positions.part == 0 else answers_alone
         return measure(state["reference"], head, positions)
@@ -124,6 +147,46 @@ class Auto(Method):
         with aside():
             _warn(noise, found.n)
         return values, noise, judgements
+
+
+class _Alone(Auto):
+    """The answers alone."""
+
+    parts = ("answers alone",)
+    reads_prompt = False
+
+    def __init__(self, bos: int):
+        super().__init__()
+        self.bos = bos
+
+    def segments(self, sample: Sample, part: int) -> Sequence[Segment]:
+        return super().segments(sample, 1)
+
+    def score(self, state: State, head: Head, positions: Positions) -> Columns:
+        return answers_alone(state["reference"], head, positions)
+
+
+def _clean(
+    validation: Sequence[Sample], half: np.ndarray, whole: Sequence[Columns], index: Sequence[int], alone: Columns
+) -> Columns:
+    """Columns of the validation rows that could be scored, whole and their answers alone, in their order.
+
+    Args:
+        whole: of batches of whole rows, which have the places `index` in their data set.
+        alone: by both halves, of which the one counts that the row is not in.
+
+    Raises:
+        ValueError: there are none.
+    """
+    columns = {name: np.concatenate([part[name] for part in whole]) for name in whole[0]}
+    reasons, at = columns.pop("reason"), {i: k for k, i in enumerate(index)}
+    place = np.array([at[validation[int(i)].index] for i in alone["index"]])
+    good = np.array([reason is None for reason in reasons[place]])
+    if not good.any():
+        raise ValueError(f"{VALIDATION}: none of {len(reasons)} can be scored ({reasons[place][0]}).")
+    alone = {name: values[good] for name, values in alone.items()}
+    alone["alone, fitted"] = alone["alone, fitted"][np.arange(good.sum()), 1 - half[alone["index"]]]
+    return {**{name: values[place[good]] for name, values in columns.items()}, **alone}
 
 
 def _warn(noise: NoiseEstimate, n_rows: int) -> None:

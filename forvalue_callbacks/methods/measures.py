@@ -7,9 +7,11 @@ validation row is never judged by itself.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -53,9 +55,8 @@ class Half:
     """What one half of the validation rows says about the head (symbols of `core`)."""
 
     gradient_VD: Tensor
-    whitened_VD: Tensor
     metric_DD: Tensor
-    move_VD: Tensor
+    move: core.Move
 
     @classmethod
     def of(cls, head: core.Head, positions: Positions, ridge: float) -> Half:
@@ -66,7 +67,7 @@ class Half:
         gradient /= len(positions.lengths)
         metric = core.inverse_with_ridge(hidden.double().T @ hidden.double() / len(hidden), ridge).to(gradient)
         move = fit_head(head, hidden, positions.target_T, positions.rows_T).move_VD
-        return cls(gradient, gradient @ metric, metric, move)
+        return cls(gradient, metric, core.Move.of(move))
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,43 @@ class Reference:
     spelling: Spelling | None = None
     bases: tuple[Tensor, Tensor] | None = None
 
+    def half(self, h: int) -> Reference:
+        """One half alone: numbers by half are of one dimension then."""
+        return replace(self, halves=[self.halves[h]], documents=[self.documents[h]], frequency=[self.frequency[h]])
+
+    @cached_property
+    def along(self) -> core.Along:
+        """What whole rows are measured along."""
+        like, moves = self.halves[0].gradient_VD, [half.move for half in self.halves]
+        return core.Along.of(
+            like, [half.gradient_VD for half in self.halves], [half.metric_DD for half in self.halves], moves
+        )
+
+    @cached_property
+    def fitted(self) -> core.Along:
+        """The fitted heads alone."""
+        return core.Along.of(self.halves[0].gradient_VD, [], [], [half.move for half in self.halves])
+
+    def by_half(self, values_NK: np.ndarray) -> np.ndarray:
+        """A column for each half, or the only one, (N,)."""
+        return values_NK if len(self.halves) > 1 else values_NK[:, 0]
+
     def overlap(self, segment: Segment) -> list[float]:
         """Share of the answer's n-grams that its prompt holds, rare ones counting more (inverse frequency in each
         half)."""
         assert segment.tokens is not None
         prompt = n_grams(segment.tokens[: segment.n_prompt])
         answer = n_grams(learnt(segment))
-        out = []
-        for documents, frequency in zip(self.documents, self.frequency, strict=True):
-            weight = {g: np.log((documents + 1) / (frequency[g] + 0.5)) for g in answer}
-            out.append(float(sum(weight[g] for g in answer & prompt) / max(sum(weight.values()), 1e-9)))
+        shared, out = answer & prompt, []
+        for weights, frequency in zip(self._weights, self.frequency, strict=True):
+            weight = {g: weights[frequency.get(g, 0)] for g in answer}
+            out.append(sum(weight[g] for g in shared) / max(sum(weight.values()), 1e-9))
         return out
+
+    @cached_property
+    def _weights(self) -> list[list[float]]:
+        """Of each half, of an n-gram by the number of rows that have it."""
+        return [[math.log((n + 1) / (k + 0.5)) for k in range(n + 1)] for n in self.documents]
 
     def projected(self, means_RD: Tensor, side: int) -> np.ndarray:
         """Mean states along the directions that are kept, float32."""
@@ -108,21 +135,31 @@ def whole_rows(reference: Reference, head: core.Head, positions: Positions) -> C
     """Measures of whole rows."""
     assert positions.prompt_RD is not None
     n = np.array(positions.lengths)
-    # Along W itself the score is that of a colder softmax: log p + entropy, where logits are W h.
-    temperature_T, log_p_T = core.score_tokens(head, head.weight, positions.hidden_TD, positions.target_T)
-    log_p = positions.sum(log_p_T)
+    found = core.measure(head, reference.along, positions.hidden_TD, positions.target_T, positions.lengths)
+    log_p = positions.sum(found.log_likelihood_T)
     columns = {
         "mean log-likelihood": log_p / n,
-        "temperature score": positions.sum(temperature_T) / n,
-        "last token": log_p_T.double().cpu().numpy()[np.cumsum(n) - 1],
+        # Along W itself the score is that of a colder softmax: log p + entropy, where logits are W h.
+        "temperature score": positions.sum(found.temperature_T) / n,
+        "last token": found.log_likelihood_T.double().cpu().numpy()[np.cumsum(n) - 1],
         "length": np.log(n),
-        "overlap": np.array([reference.overlap(segment) for segment in positions.segments]),
         "repetition": np.array([_repetition(learnt(segment)) for segment in positions.segments]),
         "asked": np.log1p([segment.n_prompt for segment in positions.segments]),
         **_forms(reference.spelling, positions.segments),
     }
-    halves = [_by_half(half, head, positions, log_p) for half in reference.halves]
-    columns |= {name: np.stack([half[name] for half in halves], 1) for name in halves[0]}
+    halves = {"overlap": np.array([reference.overlap(segment) for segment in positions.segments])}
+    squares = found.squares_NK.cpu().numpy()
+    for name, score_TK, square in (
+        ("gradient", found.score_TK, squares[:, :1]),
+        ("whitened", found.metric_score_TK, squares[:, 1:]),
+    ):
+        score = positions.sum(score_TK)
+        halves |= {name: score, f"{name}, length": score / n[:, None]}
+        halves[f"{name}, cosine"] = score / np.sqrt(np.maximum(square, 1e-30))
+    gain = positions.sum(found.gain_TK)
+    halves |= {"fitted": gain, "fitted, length": gain / n[:, None]}
+    halves["fitted_likelihood"] = (gain + log_p[:, None]) / n[:, None]
+    columns |= {name: reference.by_half(values) for name, values in halves.items()}
     finite = np.isfinite(np.column_stack(list(columns.values()))).all(1)
     return {
         **columns,
@@ -155,35 +192,16 @@ def _forms(spelling: Spelling | None, segments: Sequence[Segment]) -> Columns:
     return {"end": ends, "lower case": forms[:, 0], "capitals": forms[:, 1], "full stop": forms[:, 2], "rule": rules}
 
 
-def _by_half(half: Half, head: core.Head, positions: Positions, log_p: np.ndarray) -> dict[str, np.ndarray]:
-    hidden, target, n = positions.hidden_TD, positions.target_T, np.array(positions.lengths)
-    whitened_TD = hidden.to(half.metric_DD) @ half.metric_DD
-    columns = {}
-    for name, direction, metric_TD in (
-        ("gradient", half.gradient_VD, None),
-        ("whitened", half.whitened_VD, whitened_TD),
-    ):
-        score = positions.sum(core.score_tokens(head, direction, hidden, target)[0])
-        square = core.squared_norms(head, hidden, target, positions.lengths, metric_TD=metric_TD).cpu().numpy()
-        columns[name] = score
-        columns[f"{name}, length"] = score / n
-        columns[f"{name}, cosine"] = score / np.sqrt(np.maximum(square, 1e-30))
-    gain = positions.sum(core.gain_tokens(head, half.move_VD, hidden, target)[0])
-    return {**columns, "fitted": gain, "fitted, length": gain / n, "fitted_likelihood": (gain + log_p) / n}
-
-
 def answers_alone(reference: Reference, head: core.Head, positions: Positions) -> Columns:
     """Measures of answers without their prompts."""
-    hidden, target, n = positions.hidden_TD, positions.target_T, np.array(positions.lengths)
-    fitted = []
-    for half in reference.halves:
-        gain_T, log_p_T = core.gain_tokens(head, half.move_VD, hidden, target)
-        log_p = positions.sum(log_p_T) / n
-        fitted.append(positions.sum(gain_T) / n + log_p)
+    hidden, n = positions.hidden_TD, np.array(positions.lengths)
+    found = core.measure(head, reference.fitted, hidden, positions.target_T, positions.lengths)
+    log_p = positions.sum(found.log_likelihood_T) / n
+    fitted = positions.sum(found.gain_TK) / n[:, None] + log_p[:, None]
     means = torch.zeros(len(n), hidden.shape[1], device=hidden.device)
     means.index_add_(0, positions.rows_T, hidden.float())
     means = means / torch.as_tensor(n, device=means.device)[:, None]
-    columns = {"alone": log_p, "alone, fitted": np.stack(fitted, 1)}
+    columns = {"alone": log_p, "alone, fitted": reference.by_half(fitted)}
     finite = np.isfinite(np.column_stack(list(columns.values()))).all(1)
     return {**columns, "answer": reference.projected(means, 1), "reason": reasons_unless(finite)}
 

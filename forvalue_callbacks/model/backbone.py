@@ -365,8 +365,11 @@ class Backbone:
             type(x) is DynamicLayer for x in layers
         )
 
-    def hidden_states_after(self, prefixes: Mapping[str, Any], batch: Mapping[str, Any], prefix: Tensor) -> Tensor:
-        """Inputs of the head, (B, L, D), of rows that go on from prefixes, each of which is run once.
+    def hidden_states_after(
+        self, prefixes: Mapping[str, Any], batch: Mapping[str, Any], prefix: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs of the head of prefixes, each of which is run once, (P, K, D), and of rows that go on from them,
+        (B, L, D).
 
         Args:
             prefixes: `input_ids`, `attention_mask` (P, K), padded on the right.
@@ -375,10 +378,10 @@ class Backbone:
         """
         cache = DynamicCache(config=self.causal.config.get_text_config())
         with self.autocast():
-            self._base(**self.inputs(prefixes), past_key_values=cache, use_cache=True)
+            before = self._base(**self.inputs(prefixes), past_key_values=cache, use_cache=True).last_hidden_state
             cache.batch_select_indices(prefix.to(self.device))
             inputs = self.inputs(batch)
-            return self._base(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            return before, self._base(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
     def check(self, batch: Mapping[str, Any], predicted_BL: Tensor | None = None) -> None:
         """See that the model is what is described here, on a batch, or refuse it by name: `model.check.check`."""

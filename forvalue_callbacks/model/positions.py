@@ -51,8 +51,8 @@ class Positions:
         return self.hidden_TD[torch.as_tensor(starts, device=self.hidden_TD.device)]
 
     def sum(self, values_T: Tensor) -> np.ndarray:
-        """Sum of a value over the positions of each segment, float64 (segments,)."""
-        out = torch.zeros(len(self.lengths), dtype=torch.float64, device=values_T.device)
+        """Sum of values (T, ...) over the positions of each segment, float64 (segments, ...)."""
+        out = torch.zeros(len(self.lengths), *values_T.shape[1:], dtype=torch.float64, device=values_T.device)
         return out.index_add_(0, self.rows_T, values_T.double()).cpu().numpy()
 
     def halves(self) -> list[Positions]:
@@ -159,6 +159,22 @@ def prompt_means(hidden_BLD: Tensor, segments: Sequence[Segment], mask: Any) -> 
     states_BLD = hidden_BLD.to(working_dtype(hidden_BLD))
     weight_BL = prompt_BL.to(states_BLD)
     return torch.einsum("bl,bld->bd", weight_BL / weight_BL.sum(1, keepdim=True), states_BLD)
+
+
+def summed(hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """Sum of the hidden states in a mask, (B, D), float32 or float64."""
+    states_BLD = hidden_BLD.to(working_dtype(hidden_BLD))
+    return torch.einsum("bl,bld->bd", mask_BL.to(states_BLD), states_BLD)
+
+
+def prompt_means_after(
+    sums_RD: Tensor, hidden_RLD: Tensor, segments: Sequence[Segment], shared: Sequence[int]
+) -> Tensor:
+    """`prompt_means` of segments of which the hidden states of the first tokens, as many as are `shared`, have these
+    sums, and what follows those has `hidden_RLD`."""
+    first = torch.tensor([int(segment.at[0]) for segment in segments])[:, None]
+    rest_RL = torch.arange(hidden_RLD.shape[1]) <= first - torch.tensor(list(shared))[:, None]
+    return (sums_RD + summed(hidden_RLD, rest_RL)) / (first + 1).to(sums_RD)
 
 
 def middle_states(states: Sequence[Tensor], segments: Sequence[Segment], mask: Any) -> Tensor:

@@ -20,7 +20,19 @@ from ..data.sample import Sample, Segment
 from ..progress import Progress, aside, size
 from .backbone import Backbone
 from .plan import COLLATED_ROWS, Batch, padded, plan
-from .positions import Columns, Positions, collated, joined, middle_states, pad, picked, prompt_means, tokens_of
+from .positions import (
+    Columns,
+    Positions,
+    collated,
+    joined,
+    middle_states,
+    pad,
+    picked,
+    prompt_means,
+    prompt_means_after,
+    summed,
+    tokens_of,
+)
 from .ranks import of_first_rank, refuse_other_rows, together, world
 from .sharding import is_sharded
 
@@ -215,7 +227,7 @@ class Run:
         work = [(sample, segment) for sample in samples for segment in method.segments(sample, part)]
         lengths = [None if segment.tokens is None else segment.n_read for _, segment in work]
         prompts = None
-        if not method.reads_prompt and self.backbone.shares_prefixes:
+        if not method.reads_middle and self.backbone.shares_prefixes:
             prompts = [_shareable(segment) for _, segment in work]
         # Sharded models gather weights in every forward: all ranks must run equally many, and so none may find out
         # that what collators have made of rows does not go together.
@@ -278,9 +290,11 @@ class Run:
         """
         segments = [segment for _, segment in rows]
         if any(shared):
-            hidden = self._after_prefixes(segments, shared)
+            sums, hidden = self._after_prefixes(segments, shared)
             at = [segment.at - n for segment, n in zip(segments, shared, strict=True)]
             made = picked(rows, hidden, at)
+            if method is not None and method.reads_prompt:
+                made.prompt_RD = prompt_means_after(sums, hidden, segments, shared)
         else:
             inputs = collated(segments)
             with self.backbone.watched_middle(method is not None and method.reads_middle) as middle:
@@ -292,8 +306,8 @@ class Run:
                 made.middle_RE = middle_states([x for x in middle if x.shape == hidden.shape], segments, mask)
         return made
 
-    def _after_prefixes(self, segments: Sequence[Segment], shared: Sequence[int]) -> Tensor:
-        """Hidden states of what follows the beginnings, which run once each."""
+    def _after_prefixes(self, segments: Sequence[Segment], shared: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The sum of the hidden states of each segment's beginning, and those of what follows; beginnings run once."""
         ids = [tokens_of(segment) for segment in segments]
         prefixes = [tokens[:n].tobytes() for tokens, n in zip(ids, shared, strict=True)]
         beginnings = {key: tokens[:n] for key, tokens, n in zip(prefixes, ids, shared, strict=True)}
@@ -306,7 +320,8 @@ class Run:
         positions = first + torch.arange(rest["input_ids"].shape[1])
         rest["position_ids"] = positions.minimum(last)  # or padding would lie beyond what learned positions there are
         rest["attention_mask"] = torch.cat([before["attention_mask"][place], rest["attention_mask"]], 1)
-        return self.backbone.hidden_states_after(before, rest, place)
+        states, hidden = self.backbone.hidden_states_after(before, rest, place)
+        return summed(states, before["attention_mask"])[place.to(states.device)], hidden
 
 
 def tokens_per_batch(device: torch.device | None) -> int:
