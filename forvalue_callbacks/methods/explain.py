@@ -16,7 +16,7 @@ from ..model.positions import Columns, Positions
 from ..model.run import Run, Window
 from ..scores.explanations import Explanation
 from . import METHODS
-from .base import ROWS, Method, State, token_columns
+from .base import ROWS, Method, State, row_tokens, token_columns
 from .fitted import FittedLikelihood
 from .pairs import Pairs
 from .whitened import Whitened
@@ -62,9 +62,9 @@ class Explainer:
             assert isinstance(window, Window)
             for i, (sample, reason) in enumerate(zip(window.samples, window.reasons, strict=True)):
                 row = rows[window.start + i]
-                if reason is None and np.isfinite(window.columns["tokens"][i]).all():
-                    columns = {name: values[i] for name, values in window.columns.items()}
-                    out.append(self._explanation(row, sample, columns["tokens"], columns["pairs"] / norms))
+                tokens = np.full(1, np.nan) if reason is not None else row_tokens(window.columns["tokens"][i])
+                if np.isfinite(tokens).all():
+                    out.append(self._explanation(row, sample, tokens, window.columns["pairs"][i] / norms))
                 else:
                     out.append(Explanation(row, (), (), self.method.name, nearest_by=self.pairs.method.name))
         return out
