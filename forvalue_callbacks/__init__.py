@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ForValueConfig
-    from .policies import Drop, Keep, Relabel, Reweight, Threshold
+    from .policies import Drop, Keep, Relabel, Reweight, Swap, Threshold
     from .scorer import ForValueScorer
     from .scores.scores import ForValueScores
     from .tiny import TINY_MODEL
@@ -26,6 +26,7 @@ _HOME = {
     "ForValueTransform": "transform",
     "Keep": "policies",
     "Relabel": "policies",
+    "Swap": "policies",
     "Reweight": "policies",
     "Threshold": "policies",
     "prefilter": "trainer.prefilter",
@@ -42,6 +43,7 @@ __all__ = [
     "Keep",
     "Relabel",
     "Reweight",
+    "Swap",
     "Threshold",
     "prefilter",
 ]

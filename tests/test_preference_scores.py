@@ -224,3 +224,27 @@ def test_a_row_out_for_every_row_in():
     assert [len(values) == 0 for values in scorer(model, validation).token_scores(rows)] == [
         i in (3, 5) for i in range(11)
     ]
+
+
+@pytest.mark.parametrize("kinds", [("pairs", "pairs"), ("marked", "pairs"), ("pairs", "plain"), ("plain", "pairs")])
+@pytest.mark.parametrize("method", ["gradient", "whitened"])
+@pytest.mark.parametrize("most", [1, None])
+def test_validation_rows_are_near_by_the_cosine_of_the_gradients_of_whole_rows(kinds, method, most):
+    model, rows, validation = build(*kinds)
+    metric = torch.eye(32, dtype=torch.float64)
+    if method == "whitened":
+        metric = inverse_second_moment(model, [side for row in validation for side, _ in sides(row)])
+    asked = [7, 2, 5]
+    ours, clean = [gradient(model, rows[i]) for i in asked], [gradient(model, row) for row in validation]
+
+    def product(one, other):
+        return float((one @ metric * other).sum())
+
+    made = scorer(model, validation, method=method, max_tokens_per_batch=most)
+    scores, found = made.score(rows).values, made.explain(rows, asked, len(validation))
+    for explanation, g in zip(found, ours, strict=True):
+        want = [product(g, v) / (product(g, g) * product(v, v)) ** 0.5 for v in clean]
+        near = dict((*explanation.supporting, *explanation.opposing))
+        assert sorted(near) == list(range(len(validation)))
+        assert relative([near[i] for i in range(len(validation))], want) < 1e-8
+        assert sum(explanation.token_scores) == pytest.approx(scores[explanation.row], rel=1e-8)

@@ -19,6 +19,7 @@ import xxhash
 
 from .conversations import common_prefix_length, has_from_value, has_generation_markers, messages_of, refuse_unread
 from .files import DataError, Source
+from .preference import is_pair, is_preference, swapped
 from .reasons import UnscorableError, place_of, printable
 from .sample import IGNORED, Sample
 
@@ -36,6 +37,7 @@ CHATML = (
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 PAIRS, ALPACA = "prompt/completion", "Alpaca"
+PREFERENCES, MARKED = "chosen/rejected", "prompt/completion/label"
 # So many rows are looked at for their columns.
 LOOKED_AT = 100
 MASKS = {"labels": IGNORED, "completion_mask": 0, "assistant_masks": 0}
@@ -51,6 +53,7 @@ class Form:
         answer: columns that make the answer, or the one of messages whose last turn of the assistant is it.
         chats: rows become conversations, which need a chat template.
         tokenised: rows are token ids.
+        preferences: rows are pairs of a chosen and a rejected answer, or answers marked as good or bad.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Form:
     answer: tuple[str, ...]
     chats: bool = False
     tokenised: bool = False
+    preferences: bool = False
 
 
 class FormedRows:
@@ -120,6 +124,8 @@ def form_of(
     known = {column: next((row[column] for row in first if row.get(column) is not None), None) for column in columns}
     if "input_ids" in known:
         return Form("tokenised", dict, (), tokenised=True)
+    if is_preference(known):
+        return _of_preferences(known)
     if {"prompt", "completion"} <= known.keys():
         return Form(PAIRS, dict, ("completion",), isinstance(known["prompt"], list))
     for column in ("messages", "conversations"):
@@ -132,9 +138,37 @@ def form_of(
         return Form(f"text ({text_column!r})", dict, ())
     raise DataError(
         f"{source.name}: no known form of rows (columns found: {', '.join(map(repr, columns[:12])) or 'none'}): give "
-        "'prompt' and 'completion', 'messages', 'conversations', 'instruction' and 'output', or 'input_ids'; name the "
-        "column of text by --text-column; or give --prompt-template '{question}\\n' --completion-template '{answer}'."
+        "'prompt' and 'completion', 'messages', 'conversations', 'instruction' and 'output', 'chosen' and 'rejected', "
+        "or 'input_ids'; name the column of text by --text-column; or give --prompt-template '{question}\\n' "
+        "--completion-template '{answer}'."
     )
+
+
+def _of_preferences(known: Mapping[str, Any]) -> Form:
+    """By the first value of each column."""
+    pair = is_pair(known)
+    name, answer = (PREFERENCES, ("chosen", "rejected")) if pair else (MARKED, ("completion",))
+    if answer[0] not in known:
+        return Form(f"tokenised {name}", dict, (), tokenised=True, preferences=True)
+    if isinstance(known["chosen" if pair else "prompt"], list):
+        return Form(name, dict, answer, chats=True, preferences=True)
+    if pair and ("instruction" in known or "conversations" in known):  # as LLaMA-Factory has them
+        return Form(name, _pair_of_turns, answer, chats=True, preferences=True)
+    return Form(name, dict, answer, preferences=True)
+
+
+def _pair_of_turns(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A pair whose prompt is Alpaca's or ShareGPT's, and whose answers are text or one message each."""
+    pair = {}
+    for column in ("chosen", "rejected"):
+        if not isinstance(row.get(column), (str, Mapping)):
+            raise UnscorableError(f"{column!r} is neither text nor a message: fill it or drop the row")
+        turn = {"from": "gpt", "value": row[column]} if isinstance(row[column], str) else row[column]
+        pair[column] = _chat("turns", {"turns": [turn]})["turns"]
+    if row.get("conversations") is not None:
+        chat = _chat("conversations", row)
+        return {**chat, **pair, "prompt": chat["conversations"]}
+    return {**pair, "prompt": _alpaca({**row, "output": ""})["prompt"]}
 
 
 def _of_templates(source: Source, templates: tuple[str | None, str | None], columns: Collection[str]) -> Form:
@@ -207,7 +241,7 @@ def _alpaca(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def with_answers_marked(form: Form, tokenizer: Any) -> Form:
     """A form of which the conversations are tokenised, and what the assistant says in them is labelled."""
-    if not form.chats or form.name == PAIRS or form.name == ALPACA:  # a prompt and its completion
+    if not form.chats or form.preferences or form.name in (PAIRS, ALPACA):  # a prompt and its completion
         return form
     read, column = form.convert, form.answer[0]
     marked = has_generation_markers(tokenizer.chat_template)
@@ -263,6 +297,11 @@ def answer_of(row: Mapping[str, Any], answer: Sequence[str]) -> str | None:
             value = spoken[-1].get("content", spoken[-1].get("value")) if spoken else None
         parts += [] if value is None else [str(value)]
     return " ".join(parts) if parts else None
+
+
+def rewritten(rows: Callable[[int], Mapping[str, Any]], row: int, other: int, answer: Sequence[str] = ()) -> Any:
+    """A row with the answer of another; where that is itself, a preference row turned round."""
+    return swapped(rows(row)) if row == other else with_answer_of(rows(row), rows(other), answer)
 
 
 def with_answer_of(row: Mapping[str, Any], other: Mapping[str, Any], answer: Sequence[str] = ()) -> dict[str, Any]:

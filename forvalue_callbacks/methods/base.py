@@ -204,6 +204,10 @@ class Method:
         """Norm of the gradient of each segment in that metric, (segments,); where `pairwise`."""
         raise NotImplementedError
 
+    def row_norms(self, state: State, head: Head, positions: Positions) -> np.ndarray:
+        """The same of rows, all of whose segments are there, in the order of their first segments, (rows,)."""
+        raise NotImplementedError
+
     def tokens(self, state: State, head: Head, positions: Positions) -> tuple[Tensor, Tensor]:
         """Score and log-likelihood of each position, (T,) both; where `tokenwise`."""
         raise NotImplementedError

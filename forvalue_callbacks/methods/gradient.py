@@ -46,6 +46,21 @@ class HeadMethod(Method):
         square = core.squared_norms(head, hidden, positions.target_T, positions.lengths, metric_TD=metric_TD)
         return square.clamp(min=1e-30).sqrt().cpu().numpy()
 
+    def row_norms(self, state: State, head: Head, positions: Positions) -> np.ndarray:
+        if len(set(positions.index)) == len(positions.lengths) and positions.weights_T is None:
+            return self.norms(state, head, positions)
+        order, lengths = positions.row_by_row()
+        hidden, metric, weights_T = positions.hidden_TD[order], self.metric(state), positions.weights_T
+        square = core.squared_norms(
+            head,
+            hidden,
+            positions.target_T[order],
+            lengths,
+            metric_TD=None if metric is None else hidden.to(metric) @ metric,
+            weights_T=None if weights_T is None else weights_T[order],
+        )
+        return square.clamp(min=1e-30).sqrt().cpu().numpy()
+
 
 class Gradient(HeadMethod):
     name = "gradient"

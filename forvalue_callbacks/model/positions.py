@@ -51,6 +51,11 @@ class Positions:
         places = [number.setdefault(index, len(number)) for index in self.index]
         return torch.tensor(places, device=self.hidden_TD.device)[self.rows_T]
 
+    def row_by_row(self) -> tuple[Tensor, list[int]]:
+        """Places of the positions row by row, in the order of their first segments, and how many each row has."""
+        rows_T = self.samples_T
+        return rows_T.argsort(stable=True), rows_T.bincount().tolist()
+
     @property
     def weights(self) -> np.ndarray:
         """That of each segment, float64 (segments,)."""

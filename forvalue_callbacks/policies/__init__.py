@@ -5,13 +5,14 @@
     weights = Drop(0.2).then(Reweight(0.5))(scores.values)          # reweight what is left
     policy = parse_policy("drop:0.2@label+reweight:0.5")            # the same from YAML; str(policy) gives it back
     policy = Relabel(0.95)                                          # other answers where they are surely right
+    policy = Swap(policy=Drop(0.2))                                 # pairs the other way round
 
 Policies are frozen dataclasses: equal by value, and `repr` and `str` both say everything.
 """
 
 from .parse import as_policy, parse_policy
 from .policy import Chain, Drop, Keep, Policy, Reweight, Threshold, describe, effective_sample_size
-from .relabel import Relabel
+from .relabel import Relabel, Swap
 
 __all__ = [
     "Chain",
@@ -20,6 +21,7 @@ __all__ = [
     "Policy",
     "Relabel",
     "Reweight",
+    "Swap",
     "Threshold",
     "as_policy",
     "describe",

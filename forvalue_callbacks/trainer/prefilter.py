@@ -11,15 +11,15 @@ import numpy as np
 from transformers import Trainer
 
 from ..config import ForValueConfig
-from ..data.formats import with_answer_of
+from ..data.formats import rewritten
 from ..model.ranks import together
-from ..policies import Policy, Relabel, as_policy
+from ..policies import Policy, Swap, as_policy
 from ..progress import speaking
-from ..report.words import lines
+from ..report.words import about_preferences, lines
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
 from .page import write_report
-from .refusals import groups_of, refuse_policy, refuse_trainer, shortener
+from .refusals import groups_of, has_preferences, refuse_policy, refuse_trainer, shortener
 from .settings import apply_policy, checked_config, progress_of, scores_file, settings_of, warn_of_unscored
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def prefilter(
         validation_dataset: clean rows; the trainer's `eval_dataset` by default (its loss is then no longer an
             independent measure of the result).
         policy, groups, verbose: as for `ForValueCallback`. Policies that weight rows (`Reweight`) need the callback;
-            `Relabel`, which gives rows other answers, needs this.
+            `Relabel` and `Swap`, which give rows other answers, need this.
         dry_run: score, report, and leave all rows where they are; it is said what the policy would drop.
 
     Returns:
@@ -82,6 +82,8 @@ def _prefilter(
         raise ValueError(
             f"{policy} gives rows other answers, which a {type(dataset).__name__} bears not: make it a list."
         )
+    if isinstance(policy, Swap) and not has_preferences(dataset):
+        raise ValueError(f"{policy} turns preference rows round, and the trainer's rows are none: leave Swap out.")
     file = scores_file(args)
     if validation_dataset is None:
         validation_dataset = trainer.eval_dataset
@@ -104,15 +106,18 @@ def _prefilter(
     weights = apply_policy(policy, scores, dataset, groups)
     if len(np.unique(weights[weights > 0])) > 1:  # a policy of the caller's own
         raise ValueError(_WEIGHTS.format(policy))
-    others = policy.other_answers(weights, scores.judgements) if isinstance(policy, Relabel) else {}
+    others = policy.other_answers(weights, scores)
     weights[list(others)] = 1.0
     if not dry_run:
-        changed = {row: with_answer_of(dataset[row], dataset[other]) for row, other in others.items()}
+        changed = {row: rewritten(dataset.__getitem__, row, other) for row, other in others.items()}
         places = np.flatnonzero(weights)
         trainer.train_dataset = _changed(shorten(places), [changed.get(place) for place in places.tolist()])
     progress.say(lines(scores, weights, policy, seconds, drawn=False, dry_run=dry_run))
     if policy.relabels:
-        progress.say(f"relabelled  {len(others):,} of the kept rows have the answer of another row")
+        what = "are turned round" if isinstance(policy, Swap) else "have the answer of another row"
+        progress.say(f"relabelled  {len(others):,} of the kept rows {what}")
+    if has_preferences(dataset):
+        progress.say(about_preferences(scores))
     if verbose:
         write_report(args, scorer, scores, dataset, weights)
     return scores
