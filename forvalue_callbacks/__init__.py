@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ForValueConfig
-    from .policies import Drop, Keep, Relabel, Reweight, Threshold
+    from .policies import Drop, Keep, Relabel, Reweight, Swap, Threshold
     from .scorer import ForValueScorer
     from .scores.scores import ForValueScores
     from .tiny import TINY_MODEL
@@ -29,6 +29,7 @@ _HOME = {
     "Keep": "policies",
     "Relabel": "policies",
     "ResamplingSampler": "trainer.sampler",
+    "Swap": "policies",
     "Reweight": "policies",
     "Threshold": "policies",
     "install_sampler": "trainer.sampler",
@@ -48,6 +49,7 @@ __all__ = [
     "Relabel",
     "ResamplingSampler",
     "Reweight",
+    "Swap",
     "Threshold",
     "install_sampler",
     "prefilter",

@@ -83,7 +83,7 @@ def estimate(scorer: ForValueScorer, dataset: Iterable[Mapping[str, Any]]) -> Es
             work, (batches,) = run.planned(good, method, part)
             here += sum(segment.n_read for _, segment in work)
             forwards += sum(batch.n_forwards for batch in batches)
-            n_run += len(work)
+            n_run += len(good)
         if pace is None and good:
             with left_as_found(scorer.backbone.model):
                 pace = _pace(run, method, good)

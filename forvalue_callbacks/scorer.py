@@ -26,7 +26,7 @@ from .data.reading import kept, rows_at
 from .data.seq2seq import decoder_segment
 from .data.sft import RowConfig, RowPreparer
 from .methods import METHODS
-from .methods.base import ROWS, VALIDATION, State, put_together, token_columns
+from .methods.base import ROWS, VALIDATION, State, put_together, row_tokens, token_columns
 from .methods.explain import Explainer, nearest_by, tokens_by
 from .methods.fitted import fit_of
 from .methods.pairs import PAIRS, PAIRS_WITH, Pairs, pairs_file
@@ -159,7 +159,7 @@ class ForValueScorer:
             for window in self.run.windows(dataset, method, score, ROWS):
                 assert isinstance(window, Window)
                 tokens = zip(window.columns["tokens"], window.reasons, strict=True)
-                out += [torch.from_numpy(values if reason is None else np.zeros(0)) for values, reason in tokens]
+                out += [torch.from_numpy(np.zeros(0) if reason else row_tokens(parts)) for parts, reason in tokens]
         return out
 
     @together("explaining rows")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import islice
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .config import ForValueConfig
-from .data.reading import kept
+from .data.preference import is_preference
+from .data.reading import examples_of, kept
 from .data.sample import Sample
 from .data.sft import RowConfig
 from .methods import METHODS, Method
@@ -108,6 +109,7 @@ class ValidationSide:
                     name = self.run.backbone.name
                     raise ValueError(f"no validation row can be scored by {name} ({len(rows)} rows; {given}).")
                 refuse_other_rows(work.exchange([(row.digest, row.reason) for row in rows]), 0, "validation ")
+            METHODS[self.config.method](self.config.normalize).refuse(rows)
             self._samples, self.n_rows = [row for row in rows if row.reason is None], len(rows)
         return self._samples
 
@@ -158,8 +160,11 @@ class ValidationSide:
 
         Raises:
             AnswersDifferError: answers do not repeat.
-            ValueError: none can be scored.
+            ValueError: none can be scored; preference rows, and a method that has no score for them.
         """
+        with together("reading the first row"):
+            if not isinstance(dataset, Iterator) and is_preference(next(examples_of(dataset), None)):
+                METHODS[self.config.method](self.config.normalize).refuse_preferences(0)
         if self.dataset is not None or self.first:
             return
         with together("reading the first rows"):
@@ -169,6 +174,7 @@ class ValidationSide:
                 raise ValueError(
                     f"none of the first {len(rows)} rows can be scored ({rows[0].reason if rows else ''})."
                 )
+            METHODS[self.config.method](self.config.normalize).refuse(first)
             if (repeated := share_repeated(first)) < REPEATED:
                 raise AnswersDifferError(
                     "without validation rows only wrong answers among answers that repeat can be found, and "

@@ -12,15 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
+from forvalue_callbacks.data.answers import answer_of, with_answer_of
 from forvalue_callbacks.data.files import DataError
-from forvalue_callbacks.data.formats import (
-    CHATML,
-    FormedRows,
-    answer_of,
-    form_of,
-    with_answer_of,
-    with_answers_marked,
-)
+from forvalue_callbacks.data.formats import CHATML, FormedRows, form_of, with_answers_marked
 from forvalue_callbacks.data.sample import Sample
 from forvalue_callbacks.data.sft import RowPreparer
 from forvalue_callbacks.data.sources import read

@@ -1,5 +1,7 @@
 """Policies: exact counts, within groups too; what they refuse; the text form."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from forvalue_callbacks.policies import (
     Policy,
     Relabel,
     Reweight,
+    Swap,
     Threshold,
     as_policy,
     describe,
@@ -294,10 +297,40 @@ def test_relabel_gives_other_answers_to_rows_that_are_dropped_and_sure():
     weights = policy(scores)
     np.testing.assert_array_equal(weights, Drop("auto")(scores))
     said = judged(6, {0: (4, 0.9), 1: (3, 0.89), 3: (4, 1.0), 5: (3, 0.95)})
-    assert policy.other_answers(weights, said) == {0: 4, 5: 3}
-    assert Relabel(0.5, policy=Drop(0.2)).other_answers(Drop(0.2)(scores), said) == {0: 4, 5: 3}
+    known = SimpleNamespace(judgements=said)
+    assert policy.other_answers(weights, known) == {0: 4, 5: 3}
+    assert Relabel(0.5, policy=Drop(0.2)).other_answers(Drop(0.2)(scores), known) == {0: 4, 5: 3}
+    assert Drop(0.2).other_answers(Drop(0.2)(scores), known) == {}
     with pytest.raises(ValueError, match="needs to know whose answer is right"):
-        policy.other_answers(weights, None)
+        policy.other_answers(weights, SimpleNamespace(judgements=None))
+
+
+def test_swap_turns_round_what_is_dropped_with_a_score_below():
+    scores = np.array([-3.0, -0.5, 0.0, 0.2, 2.0, np.nan])
+    known = SimpleNamespace(values=scores)
+    assert Swap().other_answers(Swap()(scores), known) == {0: 0, 1: 1}
+    assert Swap(0.5).other_answers(Swap()(scores), known) == {0: 0}
+    policy = Swap(policy=Drop(0.6))
+    np.testing.assert_array_equal(policy(scores), Drop(0.6)(scores))
+    assert policy.other_answers(policy(scores), known) == {0: 0, 1: 1}  # not the one that is dropped above 0
+    assert (policy.needs_log_odds, policy.reweights, policy.relabels) == (False, False, True)
+
+
+def test_swap_in_text_and_what_it_refuses():
+    for text, policy in (
+        ("threshold:0.0+swap:0.0", Swap()),
+        ("drop:0.2@label+swap:1.5", Swap(1.5, policy=Drop(0.2, group_column="label"))),
+    ):
+        assert parse_policy(text) == policy
+        assert str(policy) == text
+    assert parse_policy("threshold:0.0+swap") == Swap()
+    for margin in (-0.1, np.inf, True):
+        with pytest.raises(ValueError, match="margin must be 0 or more"):
+            Swap(margin)
+    with pytest.raises(ValueError, match="Swap takes a policy that drops rows"):
+        Swap(policy=Relabel())
+    with pytest.raises(ValueError, match="no part of a chain"):
+        Swap().then(Drop(0.1))
 
 
 def test_relabel_is_what_its_policy_is():

@@ -183,8 +183,8 @@ def test_two_callbacks_are_refused_before_either_scores_and_one_may_go_on(tmp_pa
 
 
 OTHER_ROWS = {
-    "chosen": ["DPOConfig", "ORPOConfig", "CPOConfig", "RewardConfig"],
-    "marked": ["KTOConfig", "BCOConfig", "PRMConfig"],
+    "compared": ["RewardConfig", "TPOConfig"],
+    "marked": ["BCOConfig", "PRMConfig"],
     "prompts": ["GRPOConfig", "RLOOConfig", "OnlineDPOConfig", "PPOConfig", "GKDConfig", "NashMDConfig", "XPOConfig"],
 }
 
@@ -197,20 +197,6 @@ def test_trainers_whose_rows_are_no_labelled_answers(tmp_path, what, name):
     for go in (trainer.train, lambda: prefilter(trainer, VALIDATION)):
         with pytest.raises(ValueError, match=rf"a trainer with {name}.*{what}.*ForValueScorer\(model, validation\)"):
             go()
-
-
-def test_pairs_are_known_by_their_columns_where_the_arguments_say_nothing(tmp_path):
-    rows = [{"chosen_input_ids": [1, 2], "rejected_input_ids": [1, 3], **row} for row in rows_with_id()]
-    options = {"train": Dataset.from_list(rows), "remove_unused_columns": False}
-    refused(tmp_path, callback(), "pairs of a chosen and a rejected", **options)
-
-
-def test_a_real_dpo_config_is_known(tmp_path):
-    trl = pytest.importorskip("trl")
-    trainer = make_trainer(tmp_path)
-    trainer.args = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
-    with pytest.raises(ValueError, match="a trainer with DPOConfig"):
-        prefilter(trainer, VALIDATION)
 
 
 def given(rows, **metadata):

@@ -9,8 +9,9 @@ from itertools import combinations
 import numpy as np
 
 from ..core.stats import spearman
+from ..data.answers import answer_of
 from ..data.files import DataError, Source
-from ..data.formats import Form, answer_of, form_of
+from ..data.formats import Form, form_of
 from ..data.shown import short, shown
 from ..data.sources import read
 from ..policies import parse_policy

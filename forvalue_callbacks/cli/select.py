@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..config import ForValueConfig
+from ..data.answers import answer_of, rewritten
 from ..data.files import DataError, Source
-from ..data.formats import answer_of, with_answer_of
 from ..data.sources import KINDS
-from ..policies import Policy, Relabel, parse_policy
+from ..policies import Policy, Relabel, Swap, parse_policy
 from ..report.card import CARD, card_text, is_card, push
-from ..report.words import lines
+from ..report.words import about_preferences, lines
 from ..scorer import ForValueScorer
 from ..scores.files import whole_file
 from ..scores.scores import ForValueScores
@@ -84,6 +84,8 @@ def run_select(options: ScoringOptions, choice: SelectOptions, config: ForValueC
     """
     policy = _policy(choice, config)
     inputs, outputs = open_rows(options, config.method, policy.group_column), Outputs.of(options, choice)
+    if isinstance(policy, Swap) and not inputs.rows.form.preferences:
+        raise DataError(f"{policy} turns preference rows round, and {options.data} has none: leave +swap out.")
     _refuse_outputs(inputs.source, options, outputs)
     if options.dry_run:
         say_estimate(options, config, inputs)
@@ -95,6 +97,8 @@ def run_select(options: ScoringOptions, choice: SelectOptions, config: ForValueC
     scores, seconds = scored(scorer, inputs, duplicates, outputs.scores, options.overwrite)
     weights, others = decide(policy, scores, inputs)
     print(lines(scores, weights, policy, seconds, drawn=False))
+    if inputs.rows.form.preferences:
+        print(about_preferences(scores))
     print("\n".join(scores.metadata["duplicates"]["lines"]))
 
     kept = np.flatnonzero(weights).tolist()
@@ -177,7 +181,7 @@ def decide(policy: Policy, scores: ForValueScores, inputs: Inputs) -> tuple[np.n
     """
     refuse_policy(policy, scores.noise is not None)
     weights = policy(scores.values, inputs.groups)
-    others = policy.other_answers(weights, scores.judgements) if isinstance(policy, Relabel) else {}
+    others = policy.other_answers(weights, scores)
     weights[sorted(inputs.taken)] = 1.0
     weights[sorted(others)] = 1.0
     return weights, others
@@ -203,7 +207,7 @@ def _refuse_outputs(source: Source, options: ScoringOptions, outputs: Outputs) -
 def _changed(inputs: Inputs, others: Mapping[int, int]) -> dict[int, dict[str, Any]]:
     rows = inputs.source.pick(sorted({*others, *others.values()}))
     answer = inputs.rows.form.answer
-    return {row: with_answer_of(rows[row], rows[other], answer) for row, other in others.items()}
+    return {row: rewritten(rows.__getitem__, row, other, answer) for row, other in others.items()}
 
 
 def _reasons(inputs: Inputs, scores: ForValueScores, rows: Sequence[int], others: Mapping[int, int]) -> list[bytes]:
@@ -222,8 +226,10 @@ def _reasons(inputs: Inputs, scores: ForValueScores, rows: Sequence[int], others
                 facts["suggested_row"] = other
                 facts["suggested_probability"] = _number(found.suggested_probability[row])
                 facts["suggested_answer"] = answer_of(answers[other], inputs.rows.form.answer)
+        if inputs.rows.form.preferences and scores.values[row] < 0:  # NaN is not
+            facts |= {"kind": "swapped", "why": "validation rows speak for what it rejects"}
         if row in others:
-            facts["relabelled"] = True
+            facts["swapped" if others[row] == row else "relabelled"] = True
         out.append((json.dumps(facts) + "\n").encode())
     return out
 

@@ -49,7 +49,14 @@ class Fit:
     curve: dict[float, float]
 
 
-def fit_head(head: Head, hidden_TD: Tensor, labels_T: Tensor, rows_T: Tensor, seed: int = 0) -> Fit:
+def fit_head(
+    head: Head,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    rows_T: Tensor,
+    seed: int = 0,
+    weights_T: Tensor | None = None,
+) -> Fit:
     """The head that predicts the validation rows best without learning them by heart.
 
     Maximises over M (S, D), for z = h C^(-1/4) with C the second moment of the hidden states (a ridge half way between
@@ -62,13 +69,24 @@ def fit_head(head: Head, hidden_TD: Tensor, labels_T: Tensor, rows_T: Tensor, se
     held-out rows in 3-fold cross-validation over rows, "no move" among the candidates: a small validation set is not
     learned by heart.
 
+    With `weights_T` what is maximised, and measured out of fold, is of each row (a pair: chosen minus rejected)::
+
+        log sigmoid(sum_t w_t (log p_t(y_t) after the move - before))
+
+    so that what is to become less likely does not count for more and more. Its gradient at no move is half of
+    `sum_t w_t G_t`.
+
     Args:
         hidden_TD, labels_T: labelled positions of the validation rows.
         rows_T: the row of each position; folds never split a row.
+        weights_T: of the positions, -1 where the label is to become less likely; None: all are 1.
     """
     dtype = working_dtype(head.weight, hidden_TD)
     generator = torch.Generator().manual_seed(seed)
-    if len(labels_T) > MAX_POSITIONS:
+    if weights_T is not None:
+        order = _whole_rows(rows_T, generator)
+        hidden_TD, labels_T, rows_T, weights_T = hidden_TD[order], labels_T[order], rows_T[order], weights_T[order]
+    elif len(labels_T) > MAX_POSITIONS:
         chosen = torch.randperm(len(labels_T), generator=generator)[:MAX_POSITIONS].sort().values.to(labels_T.device)
         hidden_TD, labels_T, rows_T = hidden_TD[chosen], labels_T[chosen], rows_T[chosen]
     hidden_TD = hidden_TD.to(dtype)
@@ -77,6 +95,8 @@ def fit_head(head: Head, hidden_TD: Tensor, labels_T: Tensor, rows_T: Tensor, se
     rest_T = _rest_log_normalizer(head, seen_S, hidden_TD)
     spread_DD = _inverse_fourth_root(hidden_TD)
     problem = _Problem(small, hidden_TD, hidden_TD @ spread_DD, target_T, rest_T)
+    if weights_T is not None:
+        problem = _Margins(problem, rows_T, weights_T)
     fold_T, n_folds = _folds(rows_T, generator)
     curve = problem.curve(fold_T, n_folds)
     best = max(curve, key=lambda ridge: curve[ridge])
@@ -122,21 +142,29 @@ class _Problem:
         own = logits.gather(1, target_T[:, None])[:, 0]
         return own - torch.logaddexp(logits.logsumexp(-1), rest_T)
 
+    def values(self, move_SD: Tensor, at: Tensor, tile: _Positions) -> Tensor:
+        """What is maximised the sum of, of one of the `tiles`."""
+        return self._log_p(move_SD, tile)
+
+    def tiles(self, where_T: Tensor) -> Sequence[Tensor]:
+        """Places of positions that are looked at together."""
+        return where_T.nonzero()[:, 0].split(TOKEN_TILE)
+
     def log_likelihood(self, move_SD: Tensor, where_T: Tensor) -> float:
-        places = where_T.nonzero()[:, 0]
         with torch.no_grad():
-            return sum(float(self._log_p(move_SD, self._tile(at)).double().sum()) for at in places.split(TOKEN_TILE))
+            tiles = self.tiles(where_T)
+            return sum(float(self.values(move_SD, at, self._tile(at)).double().sum()) for at in tiles)
 
     def fit(self, start_SD: Tensor, ridge: float, where_T: Tensor, iterations: int) -> Tensor:
         """The best M of one ridge; the gradient is of this small problem only, never through the network."""
-        places = where_T.nonzero()[:, 0].split(TOKEN_TILE)
+        places = self.tiles(where_T)
         # The logits before the move are the same in all steps.
         known = [self._tile(at) for at in places] if self._n_logits(places) <= KEPT_LOGITS else None
 
         def loss(move_SD: Tensor) -> Iterator[Tensor]:
             yield 0.5 * ridge * move_SD.square().sum()
-            for tile in map(self._tile, places) if known is None else known:
-                yield -self._log_p(move_SD, tile).sum()
+            for i, at in enumerate(places):
+                yield -self.values(move_SD, at, self._tile(at) if known is None else known[i]).sum()
 
         return minimum(by_autograd(loss), start_SD, iterations, tolerance=1e-4)
 
@@ -161,6 +189,45 @@ class _Problem:
                 break
             previous = held_out
         return curve
+
+
+class _Margins(_Problem):
+    """The same of rows that hold what is to become less likely; positions come row by row."""
+
+    def __init__(self, plain: _Problem, rows_T: Tensor, weights_T: Tensor):
+        super().__init__(plain.head, plain.hidden_TD, plain.z_TD, plain.target_T, plain.rest_T)
+        self.rows_T, self.weights_T = rows_T, weights_T.to(plain.z_TD)
+        everywhere = torch.arange(len(rows_T), device=rows_T.device)
+        with torch.no_grad():
+            self.before_T = torch.cat(
+                [self._log_p(self.no_move, self._tile(at)) for at in everywhere.split(TOKEN_TILE)]
+            )
+
+    def values(self, move_SD: Tensor, at: Tensor, tile: _Positions) -> Tensor:
+        gain = self.weights_T[at] * (self._log_p(move_SD, tile) - self.before_T[at])
+        rows, place = self.rows_T[at].unique_consecutive(return_inverse=True)
+        return torch.nn.functional.logsigmoid(gain.new_zeros(len(rows)).index_add(0, place, gain))
+
+    def tiles(self, where_T: Tensor) -> Sequence[Tensor]:
+        places = where_T.nonzero()[:, 0]
+        _, lengths = self.rows_T[places].unique_consecutive(return_counts=True)
+        sizes = [0]
+        for length in lengths.tolist():
+            if sizes[-1] + length > TOKEN_TILE and sizes[-1]:
+                sizes.append(0)
+            sizes[-1] += length
+        return places.split(sizes)
+
+
+def _whole_rows(rows_T: Tensor, generator: torch.Generator) -> Tensor:
+    """Places of the positions row by row, of as many rows, drawn by chance, as have `MAX_POSITIONS` at most."""
+    order = rows_T.argsort(stable=True)
+    rows, lengths = rows_T[order].unique_consecutive(return_counts=True)
+    if len(rows_T) <= MAX_POSITIONS:
+        return order
+    drawn = torch.randperm(len(rows), generator=generator).to(rows.device)
+    kept = drawn[(lengths[drawn].cumsum(0) <= MAX_POSITIONS) | (torch.arange(len(rows), device=rows.device) == 0)]
+    return order[torch.isin(rows_T[order], rows[kept])]
 
 
 def _rest_log_normalizer(head: Head, seen_S: Tensor, hidden_TD: Tensor) -> Tensor:

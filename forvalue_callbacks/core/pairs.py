@@ -68,6 +68,7 @@ def squared_norms(
     lengths: list[int],
     *,
     metric_TD: Tensor | None = None,
+    weights_T: Tensor | None = None,
     token_tile: int | None = None,
     vocab_block: int | None = None,
 ) -> Tensor:
@@ -76,6 +77,7 @@ def squared_norms(
     Args:
         lengths: labelled positions of each row, in the order in which they follow one another in `hidden_TD`.
         metric_TD: replaces one side's hidden states, for the norm in another metric.
+        weights_T: of the positions: `G = sum_t w_t e_t h_t^T`; None: all are 1.
     """
     dtype = working_dtype(head.weight, hidden_TD)
     token_tile, vocab_block = tile_sizes(hidden_TD, token_tile, vocab_block)
@@ -105,6 +107,9 @@ def squared_norms(
             error = errors(head, flat, labels, log_norm, block).unflatten(0, real.shape)
             error.mul_(real[:, :, None])
             gram.baddbmm_(error, error.mT)
+        if weights_T is not None:
+            weight = weights_T[place].to(gram)
+            gram = gram * weight[:, :, None] * weight[:, None, :]
         metric = hidden if metric_TD is None else metric_TD[place].to(dtype)
         out[group] = (gram * (hidden @ metric.mT)).sum((1, 2), dtype=torch.float64)
     return out

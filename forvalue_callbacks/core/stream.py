@@ -141,6 +141,7 @@ def add_gradient(
     hidden_TD: Tensor,
     labels_T: Tensor,
     *,
+    weights_T: Tensor | None = None,
     token_tile: int | None = None,
     vocab_block: int | None = None,
 ) -> Tensor:
@@ -152,12 +153,15 @@ def add_gradient(
         out_VD: accumulator, (V, D), changed in place.
         hidden_TD: inputs of the head at the labelled positions, (T, D).
         labels_T: the tokens predicted there, (T,).
+        weights_T: of the positions, (T,): `G = sum_t w_t e_t h_t^T`; None: all are 1.
     """
     dtype = working_dtype(head.weight, hidden_TD)
     token_tile, vocab_block = tile_sizes(hidden_TD, token_tile, vocab_block)
     for tile in blocks(len(hidden_TD), token_tile):
         hidden, labels = factor(head, hidden_TD[tile], dtype), labels_T[tile]
         states = hidden.to(out_VD.dtype)
+        if weights_T is not None:
+            states = states * weights_T[tile].to(states)[:, None]
         log_norm = log_normalizer(head, hidden, vocab_block)
         for block in blocks(head.vocab_size, vocab_block):
             out_VD[block].addmm_(errors(head, hidden, labels, log_norm, block).T.to(out_VD.dtype), states)

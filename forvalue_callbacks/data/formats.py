@@ -15,7 +15,6 @@ from itertools import islice
 from string import Formatter
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from .conversations import (
@@ -27,6 +26,7 @@ from .conversations import (
     template_variables,
 )
 from .files import DataError, Source
+from .preference import is_pair, is_preference
 from .reasons import UnscorableError, place_of, printable
 from .sample import IGNORED, Sample
 
@@ -44,6 +44,7 @@ CHATML = (
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 PAIRS, ALPACA = "prompt/completion", "Alpaca"
+PREFERENCES, MARKED = "chosen/rejected", "prompt/completion/label"
 # So many rows are looked at for their columns.
 LOOKED_AT = 100
 MASKS = {"labels": IGNORED, "completion_mask": 0, "assistant_masks": 0}
@@ -59,6 +60,7 @@ class Form:
         answer: columns that make the answer, or the one of messages whose last turn of the assistant is it.
         chats: rows become conversations, which need a chat template.
         tokenised: rows are token ids.
+        preferences: rows are pairs of a chosen and a rejected answer, or answers marked as good or bad.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Form:
     answer: tuple[str, ...]
     chats: bool = False
     tokenised: bool = False
+    preferences: bool = False
 
 
 class FormedRows:
@@ -135,8 +138,9 @@ def form_of(
             return form
     raise DataError(
         f"{source.name}: no known form of rows (columns found: {', '.join(map(repr, columns[:12])) or 'none'}): give "
-        "'prompt' and 'completion', 'messages', 'conversations', 'instruction' and 'output', or 'input_ids'; name the "
-        "column of text by --text-column; or give --prompt-template '{question}\\n' --completion-template '{answer}'."
+        "'prompt' and 'completion', 'messages', 'conversations', 'instruction' and 'output', 'chosen' and 'rejected', "
+        "or 'input_ids'; name the column of text by --text-column; or give --prompt-template '{question}\\n' "
+        "--completion-template '{answer}'."
     )
 
 
@@ -152,6 +156,8 @@ def _known_form(known: Mapping[str, Any], text_column: str) -> Form | None:
     """By columns with a value of each."""
     if "input_ids" in known:
         return Form("tokenised", dict, (), tokenised=True)
+    if is_preference(known):
+        return _of_preferences(known)
     if {"prompt", "completion"} <= known.keys():
         return Form(PAIRS, dict, ("completion",), isinstance(known["prompt"], list))
     for column in ("messages", "conversations"):
@@ -163,6 +169,33 @@ def _known_form(known: Mapping[str, Any], text_column: str) -> Form | None:
     if text_column in known:
         return Form(f"text ({text_column!r})", dict, ())
     return None
+
+
+def _of_preferences(known: Mapping[str, Any]) -> Form:
+    """By the first value of each column."""
+    pair = is_pair(known)
+    name, answer = (PREFERENCES, ("chosen", "rejected")) if pair else (MARKED, ("completion",))
+    if answer[0] not in known:
+        return Form(f"tokenised {name}", dict, (), tokenised=True, preferences=True)
+    if isinstance(known["chosen" if pair else "prompt"], list):
+        return Form(name, dict, answer, chats=True, preferences=True)
+    if pair and ("instruction" in known or "conversations" in known):  # as LLaMA-Factory has them
+        return Form(name, _pair_of_turns, answer, chats=True, preferences=True)
+    return Form(name, dict, answer, preferences=True)
+
+
+def _pair_of_turns(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A pair whose prompt is Alpaca's or ShareGPT's, and whose answers are text or one message each."""
+    pair = {}
+    for column in ("chosen", "rejected"):
+        if not isinstance(row.get(column), (str, Mapping)):
+            raise UnscorableError(f"{column!r} is neither text nor a message: fill it or drop the row")
+        turn = {"from": "gpt", "value": row[column]} if isinstance(row[column], str) else row[column]
+        pair[column] = _chat("turns", {"turns": [turn]})["turns"]
+    if row.get("conversations") is not None:
+        chat = _chat("conversations", row)
+        return {**chat, **pair, "prompt": chat["conversations"]}
+    return {**pair, "prompt": _alpaca({**row, "output": ""})["prompt"]}
 
 
 def _of_templates(source: Source, templates: tuple[str | None, str | None], columns: Collection[str]) -> Form:
@@ -237,7 +270,7 @@ def _alpaca(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def with_answers_marked(form: Form, tokenizer: Any) -> Form:
     """A form of which the conversations are tokenised, and what the assistant says in them is labelled."""
-    if not form.chats or form.name == PAIRS or form.name == ALPACA:  # a prompt and its completion
+    if not form.chats or form.preferences or form.name in (PAIRS, ALPACA):  # a prompt and its completion
         return form
     read, column = form.convert, form.answer[0]
     marked = has_generation_markers(tokenizer.chat_template)
@@ -277,90 +310,3 @@ def _by_turns(messages: Sequence[Any], whole: Sequence[int], render: Callable[..
             end = len(whole) if last else common_prefix_length(ids(messages[: i + 1], False), whole)
             mask[start:end] = [1] * max(0, end - start)
     return mask
-
-
-# ---- other answers ----
-
-
-def answer_of(row: Mapping[str, Any], answer: Sequence[str]) -> str | None:
-    """The answer of a row as text, by `Form.answer`; None where it has none."""
-    parts = []
-    for column in answer:
-        value = row.get(column)
-        if isinstance(value, list):
-            spoken = [turn for turn in value if _is_answer(turn)]
-            value = spoken[-1].get("content", spoken[-1].get("value")) if spoken else None
-        parts += [] if value is None else [str(value)]
-    return " ".join(parts) if parts else None
-
-
-def with_answer_of(row: Mapping[str, Any], other: Mapping[str, Any], answer: Sequence[str] = ()) -> dict[str, Any]:
-    """A copy of a row with the answer of another, of the same form: its completion, the last that the assistant says,
-    its output; and of tokens those that are labelled.
-
-    Args:
-        answer: columns that make the answer (`Form.answer`); none: found by their names.
-
-    Raises:
-        ValueError: the row has no answer.
-    """
-    columns = list(answer) or [name for name in ("completion", "output") if name in row]
-    columns = columns or [name for name in ("messages", "conversations") if isinstance(row.get(name), list)]
-    new = dict(row)
-    for column in columns:
-        value = row[column]
-        is_chat = column in ("messages", "conversations") and isinstance(value, list)
-        new[column] = _with_last_turn_of(value, other[column]) if is_chat else other[column]
-    tokens = "input_ids" in row and any(name in row for name in MASKS)
-    if not columns and not tokens:
-        raise ValueError("rows of text have no answer that could be replaced: give prompt and completion.")
-    return {**new, **_with_tokens_of(row, other)} if tokens else new
-
-
-def _with_last_turn_of(turns: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    def last(turns: Sequence[Any]) -> int:
-        spoken = [i for i, turn in enumerate(turns) if _is_answer(turn)]
-        if not spoken:
-            raise ValueError(
-                "a conversation in which the assistant says nothing has no answer that could be replaced."
-            )
-        return spoken[-1]
-
-    at, source = last(turns), others[last(others)]
-    return [
-        *turns[:at],
-        {**turns[at], **{k: source[k] for k in ("content", "value") if k in source}},
-        *turns[at + 1 :],
-    ]
-
-
-def _is_answer(turn: Any) -> bool:
-    return isinstance(turn, dict) and ROLES.get(str(turn.get("role", turn.get("from")))) == "assistant"
-
-
-def _with_tokens_of(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Columns of tokens with the last stretch of labelled tokens that the other has in the place of its own."""
-    (start, end), (first, last) = _last_labelled(row), _last_labelled(other)
-    columns = [name for name in ("input_ids", *MASKS) if row.get(name) is not None and other.get(name) is not None]
-    new = {name: [*row[name][:start], *other[name][first:last], *row[name][end:]] for name in columns}
-    if row.get("attention_mask") is not None:
-        new["attention_mask"] = [1] * len(new["input_ids"])
-    return new
-
-
-def labelled(row: Mapping[str, Any]) -> np.ndarray:
-    """Which tokens of a row of token ids are learnt, by its masks: (T,) bool."""
-    found = np.ones(len(row["input_ids"]), dtype=bool)
-    for name, ignored in MASKS.items():
-        if row.get(name) is not None:
-            found &= np.asarray(row[name]) != ignored
-    return found
-
-
-def _last_labelled(row: Mapping[str, Any]) -> tuple[int, int]:
-    known = labelled(row)
-    places = np.flatnonzero(known)
-    if not len(places):
-        raise ValueError("a row without labelled tokens has no answer that could be replaced.")
-    end = int(places[-1]) + 1
-    return int(np.flatnonzero(~known[:end])[-1] + 1 if not known[:end].all() else 0), end

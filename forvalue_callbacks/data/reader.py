@@ -13,9 +13,10 @@ import numpy as np
 import xxhash
 from datasets.fingerprint import Hasher
 
-from .collated import Collating, OneByOne, n_bytes
+from .collated import Collating, OneByOne, inner, n_bytes
+from .preference import is_preference, made_for_preferences, sides_of
 from .reading import examples_of
-from .reasons import UnscorableError
+from .reasons import SetUpError, UnscorableError
 from .sample import IGNORED, Sample, Segment, next_tokens
 from .sft import Row, RowPreparer
 
@@ -43,7 +44,9 @@ class Reader:
     ):
         self.prepare = prepare
         self.one_by_one = one_by_one
-        self.collating = None if data_collator is None or one_by_one else Collating(data_collator, prepare)
+        self.collating: Collating | None = None
+        if data_collator is not None and one_by_one is None and not made_for_preferences(inner(data_collator)):
+            self.collating = Collating(data_collator, prepare)
         self._fits_set_up = False  # whether some row to be scored did
 
     def samples(self, dataset: Iterable[Any]) -> Iterator[Sample]:
@@ -63,6 +66,8 @@ class Reader:
         """One row, and the same without what its collator made, if one did."""
         if isinstance(example, Sample):
             return replace(example, index=index), None
+        if is_preference(example):
+            return self._preference(index, example), None
         if self.one_by_one is not None:
             return self._by_itself(index, example, self.one_by_one)
         if self.collating is None:
@@ -83,6 +88,21 @@ class Reader:
         digest = xxhash.xxh3_64_hexdigest(Hasher.hash(segment.load()).encode() + segment.target.tobytes())
         again = replace(segment, inputs=lambda: reader.read(example).load())
         return Sample(index, (segment,), digest), Sample(index, (again,), digest)
+
+    def _preference(self, index: int, example: Any) -> Sample:
+        """A pair, or an answer that is marked as good or bad: a segment for each side."""
+        try:
+            if self.one_by_one is not None:
+                raise SetUpError("preference rows are scored by language models from left to right: give one of those")
+            sides = sides_of(self.prepare, example)
+        except UnscorableError as reason:
+            return sample_of(index, Row.unscorable(reason))
+        samples = [sample_of(index, side.row) for side in sides]
+        segments = tuple(
+            replace(sample.segments[0], weight=side.weight) for sample, side in zip(samples, sides, strict=True)
+        )
+        digest = "".join(f"{side.weight:+d}{sample.digest}" for sample, side in zip(samples, sides, strict=True))
+        return Sample(index, segments, xxhash.xxh3_64_hexdigest(digest.encode()))
 
     def windows(self, dataset: Iterable[Any]) -> Iterator[list[Sample]]:
         """Rows a window at a time. They are read in this thread, which may be the only one that their data set bears;

@@ -26,12 +26,14 @@ class Segment:
         at: int64 (T,), ascending: positions of the hidden states.
         target: int64 (T,): what is predicted there.
         n_prompt: so many of the first inputs come before anything that is learnt.
+        weight: 1; -1 for what should become less likely: the rejected answer of a pair.
     """
 
     inputs: Mapping[str, Any] | Callable[[], Mapping[str, Any]]
     at: np.ndarray
     target: np.ndarray
     n_prompt: int = 0
+    weight: int = 1
 
     def load(self) -> Mapping[str, Any]:
         """The inputs, made again where they are not kept."""
@@ -71,6 +73,11 @@ class Sample:
     def answer(self) -> bytes:
         """All that is predicted, as something that can be counted."""
         return b"".join(segment.target.tobytes() for segment in self.segments)
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether something in it should become less likely."""
+        return any(segment.weight < 0 for segment in self.segments)
 
     @property
     def n_read(self) -> int:

@@ -161,7 +161,7 @@ class RowPreparer:
             refuse_packed(batch_row)
             ids, labels, _ = self._labelled(batch_row, batch_row)
             truncated = "input_ids" in example
-            row = self._checked(ids, labels, "'labels' of the data_collator", truncated=truncated)
+            row = self.checked(ids, labels, "'labels' of the data_collator", truncated=truncated)
             return replace(row, typed=self.takes_types and batch.get("token_type_ids") is not None)
         except UnscorableError as reason:
             return Row.unscorable(reason)
@@ -173,11 +173,11 @@ class RowPreparer:
         if "input_ids" not in example:
             tokens, source = self._tokenise(example)
             ids, labels, _ = self._labelled(example, {**example, **tokens})
-            return self._checked(ids, labels, source)
+            return self.checked(ids, labels, source)
         types = example.get("token_type_ids") if self.takes_types else None
-        if types is not None and np.any(_integers({"token_type_ids": types}, "token_type_ids")):
+        if types is not None and np.any(integers({"token_type_ids": types}, "token_type_ids")):
             raise SetUpError("'token_type_ids' that are not all 0 change what the model reads: pass the data_collator")
-        row = self._checked(*self._labelled(example, example))
+        row = self.checked(*self._labelled(example, example))
         return replace(row, typed=types is not None)
 
     def _labelled(self, example: Mapping[str, Any], tokens: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
@@ -194,7 +194,7 @@ class RowPreparer:
         if "input_ids" in example:
             others = [column for column in ("attention_mask", "position_ids") if example.get(column) is not None]
             self._check_set_up(example, columns)
-        arrays = {column: _integers(tokens, column) for column in ["input_ids", *columns, *others]}
+        arrays = {column: integers(tokens, column) for column in ["input_ids", *columns, *others]}
         for column, values in arrays.items():
             if len(values) != len(arrays["input_ids"]):
                 raise UnscorableError(
@@ -227,7 +227,7 @@ class RowPreparer:
                 self.config.completion_only_loss,
             )
 
-    def _checked(self, ids: np.ndarray, labels: np.ndarray, source: str, *, truncated: bool = True) -> Row:
+    def checked(self, ids: np.ndarray, labels: np.ndarray, source: str, *, truncated: bool = True) -> Row:
         """The row, truncated as `SFTTrainer` does, if it can be scored then."""
         n_tokens, limit, size = len(ids), self.config.max_length if truncated else None, self.vocab_size
         if n_tokens == 0:
@@ -283,18 +283,18 @@ class RowPreparer:
                 raise SetUpError(f"assistant_only_loss=True needs conversations, but {source} is text")
             text = self._with_eos(example, columns[-1])
             if len(columns) == 2:
-                prompt = self._tokens(source, example["prompt"])
+                prompt = self.tokens(source, example["prompt"])
                 text = example["prompt"] + text
-            whole = self._tokens(source, text)
+            whole = self.tokens(source, text)
         else:
             messages = messages_of(example, columns[-1])
-            options = self._template_options(example)
+            options = self.template_options(example)
             if len(columns) == 2:
                 first = messages_of(example, "prompt")
-                prompt = self._tokens(source, first, add_generation_prompt=True, **options)
+                prompt = self.tokens(source, first, add_generation_prompt=True, **options)
                 messages = first + messages
             mask = self.config.assistant_only_loss
-            whole = self._tokens(source, messages, return_assistant_tokens_mask=mask, **options)
+            whole = self.tokens(source, messages, return_assistant_tokens_mask=mask, **options)
         tokens: dict[str, Any] = {name: whole[name] for name in ("input_ids", "assistant_masks") if name in whole}
         if 1 not in tokens.get("assistant_masks", [1]):
             raise UnscorableError(f"no labelled tokens in {source}: add an assistant's turn, or drop the row")
@@ -325,14 +325,18 @@ class RowPreparer:
     def _with_eos(self, example: Mapping[str, Any], column: str) -> str:
         """A column's text with EOS. A row gets one EOS: a text field beside 'completion' takes it if it needs it."""
         field = self.config.dataset_text_field
+        other = example.get(field) if column != field else None
+        taken = isinstance(other, str) and self.ending(other) != other
+        return example[column] if taken else self.ending(example[column])
+
+    def ending(self, text: str) -> str:
+        """A text with EOS at its end."""
         eos = getattr(self.processing_class, "tokenizer", self.processing_class).eos_token
         if eos is None:
             raise SetUpError("the tokenizer has no EOS token, which ends text rows: set tokenizer.eos_token")
-        other = example.get(field) if column != field else None
-        taken = isinstance(other, str) and not other.endswith(eos)
-        return example[column] if taken or example[column].endswith(eos) else example[column] + eos
+        return text if text.endswith(eos) else text + eos
 
-    def _template_options(self, example: Mapping[str, Any]) -> dict[str, Any]:
+    def template_options(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments for `apply_chat_template`, with the training template that `SFTTrainer` would swap in."""
         template = self.processing_class.chat_template
         if template is None:
@@ -344,7 +348,7 @@ class RowPreparer:
             self._template = (swapped,)
         return {"chat_template": self._template[0], **template_variables(example)}
 
-    def _tokens(self, source: str, text: str | list[Any], /, **options: Any) -> Mapping[str, Any]:
+    def tokens(self, source: str, text: str | list[Any], /, **options: Any) -> Mapping[str, Any]:
         """Tokens of a text, or of messages through the chat template; a processor's batch of one is undone."""
         from transformers import ProcessorMixin  # takes seconds, which tokenised rows need not wait for
 
@@ -401,12 +405,12 @@ def refuse_packed(example: Mapping[str, Any]) -> None:
 def _numbers(value: Any) -> np.ndarray | None:
     """A flat list, array or tensor of numbers, None for all else."""
     try:
-        return None if value is None else _integers({"": value}, "")
+        return None if value is None else integers({"": value}, "")
     except UnscorableError:
         return None
 
 
-def _integers(tokens: Mapping[str, Any], column: str) -> np.ndarray:
+def integers(tokens: Mapping[str, Any], column: str) -> np.ndarray:
     """A list, array or tensor as a new int64 array."""
     value = tokens[column]
     if value is None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .formats import ROLES, labelled
+from .answers import labelled
+from .formats import ROLES
+from .preference import CHOSEN, REJECTED, without_prompt
 from .sft import IMAGES
 
 # Columns that hold an answer, and those of conversations, in the order in which they are looked for.
@@ -51,6 +53,8 @@ def short(text: str, longest: int = 100) -> str:
 
 
 def _sides(row: Mapping[str, Any], processing_class: Any) -> tuple[str, str]:
+    if (pair := _sides_of_pair(row)) is not None:
+        return pair
     if row.get("completion") is not None:
         return _text(row.get("prompt")), _text(row["completion"])
     if (chat := next((row[name] for name in CHATS if _is_chat(row.get(name))), None)) is not None:
@@ -69,6 +73,16 @@ def _sides(row: Mapping[str, Any], processing_class: Any) -> tuple[str, str]:
         _text(texts[given[0]]) if len(given) == 1 else "\n".join(f"{name}: {_text(texts[name])}" for name in given)
     )
     return prompt, _text(texts[answers[0]]) if answers else ""
+
+
+def _sides_of_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A pair: what both answers answer, and both."""
+    if not all(isinstance(row.get(name), (str, list)) for name in (CHOSEN, REJECTED)):
+        return None
+    if "prompt" not in row and all(row[name] for name in (CHOSEN, REJECTED)):
+        row = without_prompt(row)
+    answers = [f"{name}: {_text(row[name])}" for name in (CHOSEN, REJECTED)]
+    return _text(row.get("prompt", "")), "\n".join(answers)
 
 
 def _is_chat(value: Any) -> bool:

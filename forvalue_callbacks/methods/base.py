@@ -112,6 +112,8 @@ class Method:
         pairwise: so have pairs of a row and a validation row, whose mean is the row's.
         needs_all_rows: scores depend on all rows that are scored together (`finish`).
         reads_prompt: the run gives the mean state of the prompt; `reads_middle`: and states of a middle layer.
+        signed: rows may hold what should become less likely (preference rows): numbers of segments add up by their
+            weights.
         needs_validation: else it does without validation rows where answers repeat.
         normalizations: of `ForValueConfig(normalize=...)`.
         vocabularies: of `ForValueConfig(vocab=...)`.
@@ -127,6 +129,7 @@ class Method:
     needs_all_rows: ClassVar[bool] = False
     reads_prompt: ClassVar[bool] = False
     reads_middle: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
     needs_validation: ClassVar[bool] = True
     normalizations: ClassVar[tuple[str, ...]] = ("none",)
     vocabularies: ClassVar[tuple[str, ...]] = ("full",)
@@ -139,6 +142,23 @@ class Method:
     def chosen(self, validation: Sequence[Sample]) -> Method:
         """Itself, or the method that is right for such rows."""
         return self
+
+    def refuse(self, samples: Iterable[Sample]) -> None:
+        """Raises ValueError for rows that it has no score for."""
+        for sample in samples:
+            if sample.is_preference:
+                self.refuse_preferences(sample.index)
+
+    def refuse_preferences(self, row: int) -> None:
+        """Raises ValueError where it has no score for preference rows, of which this is one."""
+        if self.signed and self.normalize != "cosine":
+            return
+        what = f"normalize={self.normalize!r}" if self.signed else f"method={self.name!r}"
+        raise ValueError(
+            f"{what} scores answers, and row {row} is one of preferences (a chosen and a rejected answer, or one that "
+            "is marked as good or bad): score these with method='whitened', 'fitted', 'fitted_likelihood' or "
+            "'gradient', and normalize='none' or 'length'."
+        )
 
     def segments(self, sample: Sample, part: int) -> Sequence[Segment]:
         """What is run of a row for one of the `parts`."""
@@ -184,17 +204,30 @@ class Method:
         """Norm of the gradient of each segment in that metric, (segments,); where `pairwise`."""
         raise NotImplementedError
 
+    def row_norms(self, state: State, head: Head, positions: Positions) -> np.ndarray:
+        """The same of rows, all of whose segments are there, in the order of their first segments, (rows,)."""
+        raise NotImplementedError
+
     def tokens(self, state: State, head: Head, positions: Positions) -> tuple[Tensor, Tensor]:
         """Score and log-likelihood of each position, (T,) both; where `tokenwise`."""
         raise NotImplementedError
 
 
 def token_columns(method: Method, state: State, head: Head, positions: Positions) -> Columns:
-    """Under "tokens" the scores of the positions of each segment, (segments,) of float64 (n,)."""
+    """Under "tokens" the scores of the positions of each segment, (segments,) of float64 (n,) by the segment's number
+    in its row; `row_tokens` puts those of a row together."""
     score_T, _ = method.tokens(state, head, positions)
     tokens = np.empty(len(positions.lengths), dtype=object)
-    tokens[:] = [values.numpy() for values in score_T.double().cpu().split(positions.lengths)]
+    parts = score_T.double().cpu().split(positions.lengths)
+    for i, (sample, segment, values) in enumerate(zip(positions.samples, positions.segments, parts, strict=True)):
+        number = next(k for k, other in enumerate(sample.segments) if other is segment)
+        tokens[i] = {number: segment.weight * values.numpy()}
     return {"tokens": tokens}
+
+
+def row_tokens(parts: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Scores of a row's positions, segment after segment, float64 (n,)."""
+    return np.concatenate([parts[number] for number in sorted(parts)])
 
 
 def put_together(writer: ScoreWriter, method: Method, state: State) -> ForValueScores:

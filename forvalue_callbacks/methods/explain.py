@@ -12,14 +12,16 @@ import numpy as np
 from .. import core
 from ..core import Head
 from ..data.sample import Sample
-from ..model.positions import Columns, Positions
+from ..model.positions import Columns, Positions, concatenate
 from ..model.run import Run, Window
 from ..scores.explanations import Explanation
 from . import METHODS
-from .base import ROWS, Method, State, token_columns
+from .base import ROWS, Method, State, row_tokens, token_columns
 from .fitted import FittedLikelihood
 from .pairs import Pairs
 from .whitened import Whitened
+
+SEVERAL = "rows of several parts"  # a pass, by name
 
 
 def tokens_by(name: str) -> str:
@@ -56,24 +58,39 @@ class Explainer:
         head = self.run.backbone.head()
         sides = self.pairs.side
         norms = np.full(self.pairs.n_validation, np.nan)
-        norms[sides.index] = self.pairs.method.norms(self.pairs.state, head, sides)
+        norms[list(dict.fromkeys(sides.index))] = self.pairs.method.row_norms(self.pairs.state, head, sides)
         out: list[Explanation] = []
         for window in self.run.windows(examples, self.method, partial(self._score, head), ROWS, tile=core.PAIR_TILE):
             assert isinstance(window, Window)
+            own = self._own_norms(head, window)
             for i, (sample, reason) in enumerate(zip(window.samples, window.reasons, strict=True)):
                 row = rows[window.start + i]
-                if reason is None and np.isfinite(window.columns["tokens"][i]).all():
-                    columns = {name: values[i] for name, values in window.columns.items()}
-                    out.append(self._explanation(row, sample, columns["tokens"], columns["pairs"] / norms))
+                tokens = np.full(1, np.nan) if reason is not None else row_tokens(window.columns["tokens"][i])
+                if np.isfinite(tokens).all():
+                    cosines = window.columns["pairs"][i] / norms / own[i]
+                    out.append(self._explanation(row, sample, tokens, cosines))
                 else:
                     out.append(Explanation(row, (), (), self.method.name, nearest_by=self.pairs.method.name))
         return out
 
     def _score(self, head: Head, positions: Positions) -> Columns:
-        """ "tokens" as `token_columns`, and "pairs" over the norm of the row, (segments, validation rows)."""
+        """ "tokens" as `token_columns`, and "pairs" over the norm of the row where it is one segment, (segments,
+        validation rows)."""
         norms = self.pairs.method.norms(self.pairs.state, head, positions)
+        norms[[len(sample.segments) > 1 for sample in positions.samples]] = 1.0
         pairs = self.pairs.score(positions)["pairs"] / norms[:, None]
         return {**token_columns(self.method, self.state, head, positions), "pairs": pairs}
+
+    def _own_norms(self, head: Head, window: Window) -> np.ndarray:
+        """Norms of the rows of a window that are several segments, which need not have been run together; else 1."""
+        norms = np.ones(len(window.samples))
+        some = zip(window.samples, window.reasons, strict=True)
+        several = [sample for sample, reason in some if reason is None and len(sample.segments) > 1]
+        if several:
+            sides = concatenate(self.run.positions(several, self.pairs.method, SEVERAL, all_ranks=True))
+            places = [index - window.start for index in dict.fromkeys(sides.index)]
+            norms[places] = self.pairs.method.row_norms(self.pairs.state, head, sides)
+        return norms
 
     def _explanation(self, row: int, sample: Sample, tokens: np.ndarray, cosines: np.ndarray) -> Explanation:
         target = np.concatenate([segment.target for segment in sample.segments])

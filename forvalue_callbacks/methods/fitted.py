@@ -31,7 +31,13 @@ class Fitted(HeadMethod):
         with together("fitting the head", run.sharded):
             positions = concatenate(run.positions(validation, self, VALIDATION, all_ranks=True))
             run.progress.now("fitting the head")
-            fit = fit_head(run.backbone.head(), positions.hidden_TD, positions.target_T, positions.rows_T)
+            fit = fit_head(
+                run.backbone.head(),
+                positions.hidden_TD,
+                positions.target_T,
+                positions.samples_T,
+                weights_T=positions.weights_T,
+            )
         if fit.ridge == torch.inf:
             with aside():
                 logger.warning("no move of the head predicts validation rows out of fold better: choose another way")

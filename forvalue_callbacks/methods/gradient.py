@@ -22,6 +22,7 @@ class HeadMethod(Method):
     """Scores along a move of the head, `state["direction"]` (V, D): token by token, summed over the row."""
 
     tokenwise = True
+    signed = True
     normalizations: ClassVar[tuple[str, ...]] = ("none", "length")
 
     def shapes(self, head: Head) -> dict[str, tuple[int, ...]]:
@@ -29,7 +30,8 @@ class HeadMethod(Method):
 
     def score(self, state: State, head: Head, positions: Positions) -> Columns:
         score_T, log_p_T = self.tokens(state, head, positions)
-        values, log_p, lengths = positions.sum(score_T), positions.sum(log_p_T), np.array(positions.lengths)
+        lengths, weights = np.array(positions.lengths), positions.weights
+        values, log_p = weights * positions.sum(score_T), weights * positions.sum(log_p_T)
         if self.normalize == "length":
             values = values / lengths
         elif self.normalize == "cosine":
@@ -42,6 +44,21 @@ class HeadMethod(Method):
         hidden, metric = positions.hidden_TD, self.metric(state)
         metric_TD = None if metric is None else hidden.to(metric) @ metric
         square = core.squared_norms(head, hidden, positions.target_T, positions.lengths, metric_TD=metric_TD)
+        return square.clamp(min=1e-30).sqrt().cpu().numpy()
+
+    def row_norms(self, state: State, head: Head, positions: Positions) -> np.ndarray:
+        if len(set(positions.index)) == len(positions.lengths) and positions.weights_T is None:
+            return self.norms(state, head, positions)
+        order, lengths = positions.row_by_row()
+        hidden, metric, weights_T = positions.hidden_TD[order], self.metric(state), positions.weights_T
+        square = core.squared_norms(
+            head,
+            hidden,
+            positions.target_T[order],
+            lengths,
+            metric_TD=None if metric is None else hidden.to(metric) @ metric,
+            weights_T=None if weights_T is None else weights_T[order],
+        )
         return square.clamp(min=1e-30).sqrt().cpu().numpy()
 
 
@@ -62,8 +79,8 @@ class Gradient(HeadMethod):
 def mean_gradient(
     run: Run, validation: Sequence[Sample], method: Method, moment: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Mean gradient of the rows' log-likelihood in the head, (V, D), and the second moment of the hidden states,
-    (D, D) float64, if asked for: both of the rows of all ranks.
+    """Mean gradient of the rows' log-likelihood in the head (of pairs: chosen minus rejected), (V, D), and the second
+    moment of the hidden states, (D, D) float64, if asked for: both of the rows of all ranks.
 
     Raises:
         ValueError: it is not finite.
@@ -72,19 +89,18 @@ def mean_gradient(
     dim, device = head.weight.shape[1], head.weight.device
     total_VD = torch.zeros(head.weight.shape, dtype=core.working_dtype(head.weight), device=device)
     moment_DD = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-    counts = torch.zeros(2, dtype=torch.int64, device=device)  # rows, positions
+    n_positions = torch.zeros(1, dtype=torch.int64, device=device)
     with together("scoring the validation rows", run.sharded):
         for batch in joined(run.positions(validation, method, VALIDATION), core.tile_for(device)):
-            core.add_gradient(total_VD, head, batch.hidden_TD, batch.target_T)
+            core.add_gradient(total_VD, head, batch.hidden_TD, batch.target_T, weights_T=batch.weights_T)
             if moment:
                 hidden = batch.hidden_TD.double()
                 moment_DD.addmm_(hidden.T, hidden)
-            counts += torch.tensor([len(batch.samples), len(batch.target_T)], device=device)
+            n_positions += len(batch.target_T)
     if world()[1] > 1:
-        for tensor in (total_VD, moment_DD, counts):
+        for tensor in (total_VD, moment_DD, n_positions):
             torch.distributed.all_reduce(tensor)
-    n_rows, n_positions = counts.tolist()
-    total_VD /= n_rows
+    total_VD /= len(validation)
     if not torch.isfinite(total_VD).all():
         raise ValueError(f"the validation direction is not finite: {OVERFLOW}")
-    return total_VD, moment_DD / n_positions if moment else None
+    return total_VD, moment_DD / int(n_positions) if moment else None

@@ -60,8 +60,11 @@ class Pairs:
             len(side.lengths),
             other_metric_TD=self.metric_TD,
         )
+        signed = positions.weights[:, None] * values.cpu().numpy() * side.weights
         out = np.full((len(positions.lengths), self.n_validation), np.nan)
-        out[:, side.index] = values.cpu().numpy()
+        out[:, side.index] = 0.0
+        for place, column in zip(side.index, signed.T, strict=True):  # those of several segments of a row add up
+            out[:, place] += column
         return {"pairs": out}
 
     def to_file(self, file: PairsFile | None, path: str | Path, dataset: Any) -> Tensor:

@@ -62,7 +62,8 @@ def _classifier(model: Any, name: str) -> nn.Module:
     if n < 2 or problem == "regression":
         raise ValueError(
             f"{name} predicts a number (num_labels={n}, problem_type={problem!r}): For-Value scores classifiers that "
-            "choose one of several classes."
+            "choose one of several classes. The pairs of a reward model are scored by the language model that it was "
+            "made of."
         )
     body = set(model.base_model.modules()) if model.base_model is not model else set()
     found = [part for part in _linear_parts(model) if part not in body and _n_out(part) == n]

@@ -45,6 +45,31 @@ class Positions:
         return torch.repeat_interleave(torch.arange(len(self.lengths), device=lengths.device), lengths)
 
     @property
+    def samples_T(self) -> Tensor:
+        """Which row (0, 1, ... of these, by their first segments) each position belongs to."""
+        number: dict[int, int] = {}
+        places = [number.setdefault(index, len(number)) for index in self.index]
+        return torch.tensor(places, device=self.hidden_TD.device)[self.rows_T]
+
+    def row_by_row(self) -> tuple[Tensor, list[int]]:
+        """Places of the positions row by row, in the order of their first segments, and how many each row has."""
+        rows_T = self.samples_T
+        return rows_T.argsort(stable=True), rows_T.bincount().tolist()
+
+    @property
+    def weights(self) -> np.ndarray:
+        """That of each segment, float64 (segments,)."""
+        return np.array([segment.weight for segment in self.segments], dtype=np.float64)
+
+    @property
+    def weights_T(self) -> Tensor | None:
+        """Weight of each position, float64 (T,); None where all are 1."""
+        weights = self.weights
+        if (weights == 1).all():
+            return None
+        return torch.from_numpy(weights).to(self.hidden_TD.device)[self.rows_T]
+
+    @property
     def first_RD(self) -> Tensor:
         """Hidden state that makes the first prediction of each segment, (segments, D)."""
         starts = np.cumsum([0, *self.lengths[:-1]])

@@ -128,6 +128,7 @@ class Run:
                 samples = self._read(windows, start)
                 if samples is None:
                     return
+                method.refuse(samples)
                 if skip is not None and of_first_rank(skip(start, [s.digest for s in samples]), "looking for rows"):
                     self.progress.update(len(samples) * n_parts)
                     yield len(samples)
@@ -210,12 +211,14 @@ class Run:
         rank, n_ranks = (0, 1) if all_ranks else world()
         work, ranks = self.planned(samples, method, part, n_ranks)
         n_forwards = [sum(batch.n_forwards for batch in batches) for batches in ranks]
-        with nullcontext() if name is None else self.progress.part(name, len(work)):
+        # A row is counted once, by its first segment.
+        begins = [i == 0 or work[i - 1][0] is not sample for i, (sample, _) in enumerate(work)]
+        with nullcontext() if name is None else self.progress.part(name, sum(begins)):
             for batch in ranks[rank]:
                 for made in self._forward(work, batch, method, failed):
                     yield replace(made, part=part)
                 tokens = sum(work[i][1].n_read for i in batch.rows)
-                self.progress.update(len(batch.rows) * n_ranks, tokens * n_ranks)
+                self.progress.update(sum(begins[i] for i in batch.rows) * n_ranks, tokens * n_ranks)
             for _ in range(max(n_forwards) - n_forwards[rank]):
                 last = ranks[0][-1].rows[0]
                 self.run([work[last]])
@@ -352,7 +355,10 @@ def _put(columns: Columns, reasons: list[str | None], n: int, places: list[int],
             continue
         if name not in columns:
             columns[name] = np.zeros((n, *value.shape[1:]), dtype=value.dtype)
-        if len(set(places)) == len(places):
+        if value.dtype == object:  # by the number of the segment
+            for place, parts in zip(places, value, strict=True):
+                columns[name][place] = {**(columns[name][place] or {}), **parts}
+        elif len(set(places)) == len(places):
             columns[name][places] += value
         else:
             np.add.at(columns[name], places, value)

@@ -6,13 +6,14 @@
     policy = parse_policy("drop:0.2@label+reweight:0.5")            # the same from YAML; str(policy) gives it back
     weights = keep_in_turn(scorer.pairwise(rows), 0.05)             # several aims: each validation row chooses in turn
     policy = Relabel(0.95)                                          # other answers where they are surely right
+    policy = Swap(policy=Drop(0.2))                                 # pairs the other way round
 
 Policies are frozen dataclasses: equal by value, and `repr` and `str` both say everything.
 """
 
 from .parse import as_policy, parse_policy
 from .policy import Chain, Drop, Keep, Policy, Reweight, Threshold, describe, effective_sample_size
-from .relabel import Relabel
+from .relabel import Relabel, Swap
 from .turns import keep_in_turn
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Policy",
     "Relabel",
     "Reweight",
+    "Swap",
     "Threshold",
     "as_policy",
     "describe",

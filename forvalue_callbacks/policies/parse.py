@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .policy import Chain, Drop, Keep, Policy, Reweight, Threshold
-from .relabel import Relabel
+from .relabel import Relabel, Swap
 
 
 def as_policy(policy: Policy | str | None) -> Policy:
@@ -31,8 +31,8 @@ def parse_policy(text: str) -> Policy:
     """The policy that `str(policy)` names, for YAML and the command line.
 
     `drop:0.2`, `drop:auto`, `keep:500` (a count), `keep:0.5` (a fraction), `threshold:0.0`, `reweight:1.0`; `@column`
-    sets the group column (`drop:0.2@label`); `+` chains (`drop:0.2+reweight:1.0`), and `+relabel:0.95` at the end is
-    `Relabel(0.95)` of what stands before it. `threshold`, `reweight` and `relabel` have defaults.
+    sets the group column (`drop:0.2@label`); `+` chains (`drop:0.2+reweight:1.0`), and `+relabel:0.95` or `+swap:0.0`
+    at the end is `Relabel(0.95)` or `Swap(0.0)` of what stands before it. All but `drop` and `keep` have defaults.
 
     Raises:
         ValueError: an unknown name or a number that does not parse.
@@ -41,15 +41,15 @@ def parse_policy(text: str) -> Policy:
     *parts, last = map(_parse_one, texts)
     if not parts:
         return last
-    if isinstance(last, Relabel):
+    if isinstance(last, (Relabel, Swap)):
         return replace(last, policy=parts[0] if len(parts) == 1 else Chain(tuple(parts)))
     return Chain((*parts, last))
 
 
 def _parse_one(text: str) -> Policy:
-    match = re.fullmatch(r"\s*(drop|keep|threshold|reweight|relabel)(?::([^@]+))?(?:@(.+?))?\s*", text)
+    match = re.fullmatch(r"\s*(drop|keep|threshold|reweight|relabel|swap)(?::([^@]+))?(?:@(.+?))?\s*", text)
     kinds: dict[str, Any] = {"drop": Drop, "keep": Keep, "threshold": Threshold, "reweight": Reweight}
-    kinds["relabel"] = Relabel
+    kinds |= {"relabel": Relabel, "swap": Swap}
     try:
         if match is None:
             raise ValueError("not of the form name:number or name:number@column")
@@ -62,5 +62,6 @@ def _parse_one(text: str) -> Policy:
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"cannot read the policy {text!r} ({error}); write for example drop:0.2, drop:auto, keep:500, keep:0.5, "
-            "threshold:0.0, reweight:1.0, drop:0.2@label, drop:0.2+reweight:1.0 or drop:auto+relabel:0.95"
+            "threshold:0.0, reweight:1.0, drop:0.2@label, drop:0.2+reweight:1.0, drop:auto+relabel:0.95 or "
+            "threshold:0.0+swap:0.0"
         ) from None

@@ -39,8 +39,17 @@ class Policy:
 
     @property
     def relabels(self) -> bool:
-        """Whether rows get other answers: `Relabel` and no other."""
+        """Whether rows get other answers: `Relabel` and `Swap`, and no other."""
         return False
+
+    def other_answers(self, weights: np.ndarray, scores: Any) -> dict[int, int]:
+        """Rows that stay with another answer, and the rows whose answer that is: itself where it is turned round.
+
+        Args:
+            weights: (N,), as this policy gives them.
+            scores: `ForValueScores`.
+        """
+        return {}
 
     def __call__(self, scores: np.ndarray, groups: Sequence[Any] | None = None) -> np.ndarray:
         """Weights of the rows, (N,) float64.
@@ -218,7 +227,7 @@ class Chain(Policy):
 
     def __post_init__(self) -> None:
         if any(policy.relabels for policy in self.policies):
-            raise ValueError("Relabel is no part of a chain: give it the chain, as Relabel(0.95, policy=chain)")
+            raise ValueError("Relabel and Swap are no part of a chain: give them the chain, as Relabel(policy=chain)")
         columns = {policy.group_column for policy in self.policies} - {None}
         if self.group_column is not None:
             columns.add(self.group_column)

@@ -178,6 +178,15 @@ def lines(
     return "\n".join(out)
 
 
+def about_preferences(scores: ForValueScores) -> str:
+    """How many preference rows look as if they were the wrong way round."""
+    n, scored = int((scores.values < 0).sum()), int(np.isfinite(scores.values).sum())
+    return (
+        f"swapped     {n:,} of {scored:,} preference rows look the wrong way round: their score is below 0 (a policy "
+        "+swap:0.0 turns them round)"
+    )
+
+
 def about_duplicates(found: Duplicates, set_aside: bool = False) -> list[str]:
     """What is there twice, one line a fact; rows by number, from 0.
 

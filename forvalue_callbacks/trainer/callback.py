@@ -17,13 +17,13 @@ from ..methods import METHODS
 from ..model.ranks import of_all_ranks, together
 from ..policies import Policy, as_policy
 from ..progress import speaking
-from ..report.words import lines, numbers
+from ..report.words import about_preferences, lines, numbers
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
 from ..scores.writer import remove_parts
 from .evaluation import refuse_other_text, trainer_of, validation_rows
 from .page import write_report
-from .refusals import groups_of, refuse_other_rows, refuse_policy, refuse_trainer
+from .refusals import groups_of, has_preferences, refuse_other_rows, refuse_policy, refuse_trainer
 from .sampler import INSTEAD, find_sampler, install_sampler
 from .settings import (
     SCORES_FILE,
@@ -69,7 +69,7 @@ class ForValueCallback(TrainerCallback):
     Raises:
         TypeError: a policy or config that is none.
         ValueError: (from `trainer.train()`, before any row is scored) packed rows, streaming data, rows that are no
-            labelled answers (DPO, GRPO, ...), a loader that cannot draw by weight, `Drop("auto")` without log odds,
+            labelled answers (GRPO, reward, ...), a loader that cannot draw by weight, `Drop("auto")` without log odds,
             no evaluation rows for "eval", groups that do not fit, scores of other rows, an output folder that cannot
             be written, a second `ForValueCallback`, a model whose head cannot be described; (once scored) a policy
             that drops all.
@@ -190,6 +190,8 @@ class ForValueCallback(TrainerCallback):
             report(args, state.global_step, found)
         took = seconds if made_anew else None
         progress.say(lines(self.scores, chosen, self.policy, took, drawn=True, dry_run=self.dry_run))
+        if has_preferences(dataset):
+            progress.say(about_preferences(self.scores))
         if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
             write_report(args, scorer, self.scores, dataset, chosen, self.policy)
 

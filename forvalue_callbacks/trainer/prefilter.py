@@ -10,17 +10,17 @@ import numpy as np
 from transformers import Trainer
 
 from ..config import ForValueConfig
-from ..data.formats import with_answer_of
+from ..data.answers import rewritten
 from ..data.packed import LENGTHS, has_packs, packed_again, taken_apart
 from ..model.ranks import together
-from ..policies import Policy, Relabel, as_policy
+from ..policies import Policy, Swap, as_policy
 from ..progress import speaking
-from ..report.words import lines
+from ..report.words import about_preferences, lines
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
 from .evaluation import EVAL, validation_rows
 from .page import write_report
-from .refusals import groups_of, refuse_policy, refuse_trainer, shortener
+from .refusals import groups_of, has_preferences, refuse_policy, refuse_trainer, shortener
 from .settings import apply_policy, checked_config, progress_of, scores_file, settings_of, warn_of_unscored
 
 
@@ -42,7 +42,7 @@ def prefilter(
     Args:
         validation_dataset: as for `ForValueCallback`; None where there are none and answers repeat.
         policy, groups, verbose: as for `ForValueCallback`. Policies that weight rows (`Reweight`) need the callback;
-            `Relabel`, which gives rows other answers, needs this.
+            `Relabel` and `Swap`, which give rows other answers, need this.
         dry_run: score, report, and leave all rows where they are; it is said what the policy would drop.
 
     Returns:
@@ -83,6 +83,8 @@ def _prefilter(
         raise ValueError(
             f"{policy} gives rows other answers, which a {type(dataset).__name__} bears not: make it a list."
         )
+    if isinstance(policy, Swap) and not has_preferences(dataset):
+        raise ValueError(f"{policy} turns preference rows round, and the trainer's rows are none: leave Swap out.")
     file = scores_file(args)
     validation_dataset = validation_rows(validation_dataset, trainer)
     progress = progress_of(args, verbose)
@@ -101,10 +103,10 @@ def _prefilter(
     weights = apply_policy(policy, scores, dataset, groups)
     if len(np.unique(weights[weights > 0])) > 1:  # a policy of the caller's own
         raise ValueError(_WEIGHTS.format(policy))
-    others = policy.other_answers(weights, scores.judgements) if isinstance(policy, Relabel) else {}
+    others = policy.other_answers(weights, scores)
     weights[list(others)] = 1.0
     if not dry_run:
-        changed = {row: with_answer_of(dataset[row], dataset[other]) for row, other in others.items()}
+        changed = {row: rewritten(dataset.__getitem__, row, other) for row, other in others.items()}
         places = np.flatnonzero(weights)
         kept = _changed(shorten(places), [changed.get(place) for place in places.tolist()])
         trainer.train_dataset = packed_again(kept, longest) if n_packs else kept
@@ -112,10 +114,17 @@ def _prefilter(
     if n_packs and not dry_run:
         progress.say(f"packs       {n_packs:,} taken apart, {len(trainer.train_dataset):,} of what is kept")
     if policy.relabels:
-        progress.say(f"relabelled  {len(others):,} of the kept rows have the answer of another row")
+        progress.say(_about_others(policy, len(others)))
+    if has_preferences(dataset):
+        progress.say(about_preferences(scores))
     if verbose:
         write_report(args, scorer, scores, dataset, weights, policy)
     return scores
+
+
+def _about_others(policy: Policy, n: int) -> str:
+    what = "are turned round" if isinstance(policy, Swap) else "have the answer of another row"
+    return f"relabelled  {n:,} of the kept rows {what}"
 
 
 def _packs(args: Any, dataset: Any) -> tuple[int, int]:

@@ -9,17 +9,18 @@ import numpy as np
 from torch.utils.data import IterableDataset, Subset
 
 from ..data.packed import has_packs
+from ..data.preference import is_preference
 from ..data.reading import examples_of
 from ..policies import Policy
 from ..scores.scores import ForValueScores
 
 _PAIRS = (
-    "are pairs of a chosen and a rejected answer",
-    "score the chosen answers as rows with 'prompt' and 'completion', by ForValueScorer(model, validation).score(rows)"
-    ", and filter the pairs by that before you make the trainer",
+    "are answers that are compared by the one number of a reward model's head, or three of them at once",
+    "score the pairs ('chosen' and 'rejected') by the language model that is trained or made a reward model of, by "
+    "ForValueScorer(model, validation).score(rows), and filter by that before you make the trainer",
 )
 _MARKED = (
-    "are answers marked as good or bad, or as right or wrong step by step",
+    "are answers marked as right or wrong step by step, or weighed by a classifier",
     "score the good answers as rows with 'prompt' and 'completion', by ForValueScorer(model, validation).score(rows), "
     "and filter by that before you make the trainer",
 )
@@ -29,8 +30,8 @@ _PROMPTS = (
     "those as rows with 'prompt' and 'completion', by ForValueScorer(model, validation).score(rows)",
 )
 # Arguments of TRL's trainers by name (TRL need not be here, and frameworks have classes of their own around these).
-_OF_PAIRS = "DPOConfig ORPOConfig CPOConfig RewardConfig TPOConfig"
-_OF_MARKED = "KTOConfig BCOConfig PRMConfig"
+_OF_PAIRS = "RewardConfig TPOConfig"
+_OF_MARKED = "BCOConfig PRMConfig"
 _OF_PROMPTS = """GRPOConfig AsyncGRPOConfig RLOOConfig PPOConfig OnlineDPOConfig NashMDConfig XPOConfig A2POConfig
     SDPOConfig GKDConfig GOLDConfig MiniLLMConfig SDFTConfig IWOPDConfig DistillationConfig AsyncDistillationConfig"""
 _OTHER_ROWS = {
@@ -43,13 +44,12 @@ _OTHER_ROWS = {
 def refuse_trainer(args: Any, dataset: Any, packs: bool = False) -> None:
     """Raises ValueError for a trainer whose training rows are none, streamed or no labelled answers; or packed, unless
     `packs` may be."""
-    columns = getattr(dataset, "column_names", None) or ()
     config = next((cls.__name__ for cls in type(args).__mro__ if cls.__name__ in _OTHER_ROWS), None)
-    pairs = all(any(column.startswith(side) for column in columns) for side in ("chosen", "rejected"))
-    if config is not None or pairs:
-        what, instead = _PAIRS if config is None else _OTHER_ROWS[config]
-        trainer = "this trainer" if config is None else f"a trainer with {config}"
-        raise ValueError(f"the rows of {trainer} {what}, and a For-Value score is of a labelled answer: {instead}.")
+    if config is not None:
+        what, instead = _OTHER_ROWS[config]
+        raise ValueError(
+            f"the rows of a trainer with {config} {what}, and a For-Value score is of a labelled answer: {instead}."
+        )
     if dataset is None:
         raise ValueError("there are no training rows to score: the trainer has no train_dataset.")
     if isinstance(dataset, Mapping):
@@ -66,6 +66,11 @@ def refuse_trainer(args: Any, dataset: Any, packs: bool = False) -> None:
             "packed rows hold several samples each, which cannot be drawn one by one: prefilter(trainer, validation, "
             "policy) takes the packs apart and packs what it keeps; or set packing=False."
         )
+
+
+def has_preferences(dataset: Any) -> bool:
+    """Whether training rows are pairs of a chosen and a rejected answer, or answers marked as good or bad."""
+    return is_preference(next(examples_of(dataset), None))
 
 
 def refuse_policy(policy: Policy, log_odds: bool) -> None:
