@@ -15,7 +15,7 @@ from ..data.formats import rewritten
 from ..model.ranks import together
 from ..policies import Policy, Swap, as_policy
 from ..progress import speaking
-from ..report.words import about_preferences, lines
+from ..report.words import lines
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
 from .page import write_report
@@ -112,12 +112,11 @@ def _prefilter(
         changed = {row: rewritten(dataset.__getitem__, row, other) for row, other in others.items()}
         places = np.flatnonzero(weights)
         trainer.train_dataset = _changed(shorten(places), [changed.get(place) for place in places.tolist()])
-    progress.say(lines(scores, weights, policy, seconds, drawn=False, dry_run=dry_run))
+    options = {"drawn": False, "dry_run": dry_run, "preferences": has_preferences(dataset)}
+    progress.say(lines(scores, weights, policy, seconds, **options))
     if policy.relabels:
         what = "are turned round" if isinstance(policy, Swap) else "have the answer of another row"
         progress.say(f"relabelled  {len(others):,} of the kept rows {what}")
-    if has_preferences(dataset):
-        progress.say(about_preferences(scores))
     if verbose:
         write_report(args, scorer, scores, dataset, weights)
     return scores
