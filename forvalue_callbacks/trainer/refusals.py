@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, Subset
 
-from ..data.preference import is_preference
+from ..data.preference import is_pair, is_preference
 from ..data.reading import examples_of
 from ..policies import Policy
 from ..scores.scores import ForValueScores
@@ -69,6 +69,9 @@ def refuse_trainer(args: Any, dataset: Any) -> None:
 
 def has_preferences(dataset: Any) -> bool:
     """Whether training rows are pairs of a chosen and a rejected answer, or answers marked as good or bad."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "label" not in columns and not is_pair(columns):
+        return False
     return is_preference(next(examples_of(dataset), None))
 
 
