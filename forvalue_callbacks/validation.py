@@ -162,9 +162,11 @@ class ValidationSide:
             AnswersDifferError: answers do not repeat.
             ValueError: none can be scored; preference rows, and a method that has no score for them.
         """
-        with together("reading the first row"):
-            if not isinstance(dataset, Iterator) and is_preference(next(examples_of(dataset), None)):
-                METHODS[self.config.method](self.config.normalize).refuse_preferences(0)
+        method = METHODS[self.config.method](self.config.normalize)
+        if not method.takes_preferences and not isinstance(dataset, Iterator):
+            with together("reading the first row"):
+                if is_preference(next(examples_of(dataset), None)):
+                    method.refuse_preferences(0)
         if self.dataset is not None or self.first:
             return
         with together("reading the first rows"):
@@ -174,7 +176,7 @@ class ValidationSide:
                 raise ValueError(
                     f"none of the first {len(rows)} rows can be scored ({rows[0].reason if rows else ''})."
                 )
-            METHODS[self.config.method](self.config.normalize).refuse(first)
+            method.refuse(first)
             if (repeated := share_repeated(first)) < REPEATED:
                 raise AnswersDifferError(
                     "without validation rows only wrong answers among answers that repeat can be found, and "

@@ -31,6 +31,7 @@ RECIPES = {
     ],
     "prefilter_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
     "reweight_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
+    "swapped_pairs": ["--train_rows", "40", "--validation_rows", "40", "--seeds", "2"],
 }
 # Run by tests of their own.
 ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm", "sft_outcomes"}
@@ -71,6 +72,8 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
     if name == "find_mislabels":
         assert out.count("\n| ") == 1 + 6 + 5 + 3 + 7, "methods, other normalisations, cheap rivals, classifiers"
         assert Path("out/auc.png").is_file()
+    if name == "swapped_pairs":
+        assert out.count("\n| ") == 3
     if name in ("prefilter_sft", "reweight_sft"):
         assert {"adapter_model.safetensors", "forvalue_scores.parquet"} <= {
             path.name for path in Path("out").iterdir()

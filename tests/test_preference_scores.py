@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch.func import functional_call
 
-from forvalue_callbacks import ForValueConfig, ForValueScorer
+from forvalue_callbacks import ForValueConfig, ForValueScorer, ForValueTransform, baselines
 from forvalue_callbacks.core.fit import fit_head
 from forvalue_callbacks.methods import fitted
 from helpers.models import VOCAB, build_model
@@ -211,6 +212,19 @@ def test_methods_without_a_score_for_preferences_are_refused_before_the_model_ru
     with pytest.raises(ValueError, match=match):
         made.score(rows)
     assert passes.n == 0
+
+
+def test_map_gives_the_same_scores():
+    model, rows, validation = build("pairs", "pairs")
+    made = Dataset.from_list(rows).map(ForValueTransform(model, validation), batched=True)
+    assert relative(made["forvalue_score"], scorer(model, validation).score(rows).values) < 1e-12
+
+
+def test_rivals_have_no_score_for_preferences():
+    model, rows, validation = build("pairs", "plain")
+    for row in (rows[0], next(scorer(model, validation).run.reader.samples(rows))):
+        with pytest.raises(ValueError, match="row 1 is one of preferences"):
+            baselines.loss(model, [validation[0], row])
 
 
 def test_a_row_out_for_every_row_in():

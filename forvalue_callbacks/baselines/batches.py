@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.preference import is_preference
 from ..data.reader import sample_of
 from ..data.sample import Sample
 from ..data.sft import RowPreparer
@@ -55,6 +56,8 @@ def prepared(rows: Iterable[Mapping[str, Any] | Sample]) -> list[Sample]:
     prepare = RowPreparer()
     out = []
     for i, example in enumerate(rows):
+        if is_preference(example) or (isinstance(example, Sample) and example.is_preference):
+            raise ValueError(f"row {i} is one of preferences, for which rivals have no score: give rows to learn.")
         if isinstance(example, Sample):
             out.append(example)
             continue

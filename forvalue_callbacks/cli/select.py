@@ -16,7 +16,7 @@ from ..data.files import DataError, Source
 from ..data.sources import KINDS
 from ..policies import Policy, Relabel, Swap, parse_policy
 from ..report.card import CARD, card_text, is_card, push
-from ..report.words import about_preferences, lines
+from ..report.words import lines
 from ..scorer import ForValueScorer
 from ..scores.files import whole_file
 from ..scores.scores import ForValueScores
@@ -96,9 +96,7 @@ def run_select(options: ScoringOptions, choice: SelectOptions, config: ForValueC
     duplicates = look_for_duplicates(scorer, inputs)
     scores, seconds = scored(scorer, inputs, duplicates, outputs.scores, options.overwrite)
     weights, others = decide(policy, scores, inputs)
-    print(lines(scores, weights, policy, seconds, drawn=False))
-    if inputs.rows.form.preferences:
-        print(about_preferences(scores))
+    print(lines(scores, weights, policy, seconds, drawn=False, preferences=inputs.rows.form.preferences))
     print("\n".join(scores.metadata["duplicates"]["lines"]))
 
     kept = np.flatnonzero(weights).tolist()

@@ -149,9 +149,14 @@ class Method:
             if sample.is_preference:
                 self.refuse_preferences(sample.index)
 
+    @property
+    def takes_preferences(self) -> bool:
+        """Whether it has a score for preference rows; a norm is of both sides, which need not run together."""
+        return self.signed and self.normalize != "cosine"
+
     def refuse_preferences(self, row: int) -> None:
         """Raises ValueError where it has no score for preference rows, of which this is one."""
-        if self.signed and self.normalize != "cosine":
+        if self.takes_preferences:
             return
         what = f"normalize={self.normalize!r}" if self.signed else f"method={self.name!r}"
         raise ValueError(

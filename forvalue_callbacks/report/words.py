@@ -152,6 +152,7 @@ def lines(
     seconds: float | None,
     drawn: bool,
     dry_run: bool = False,
+    preferences: bool = False,
 ) -> str:
     """What came of the scores: the evidence, the shares, what is kept and dropped.
 
@@ -159,10 +160,13 @@ def lines(
         seconds: how long the scoring took; None: it was done before.
         drawn: kept rows take the places of dropped ones, so it says how often each is drawn.
         dry_run: nothing is done with the weights.
+        preferences: rows are pairs of a chosen and a rejected answer, or answers marked as good or bad.
     """
     facts = describe(weights)
     how = "with the scores made before" if seconds is None else f"scored in {seconds:.1f} s"
     out = [f"For-Value: {len(scores):,} rows {how}", scores.summary()]
+    if preferences:
+        out.append(_about_preferences(scores))
     kept, dropped = (f"{facts[name]:,}" for name in ("kept", "dropped"))
     if dry_run:
         out.append(f"policy      {policy} would keep {kept} rows and drop {dropped}: a dry run, nothing is dropped")
@@ -178,7 +182,7 @@ def lines(
     return "\n".join(out)
 
 
-def about_preferences(scores: ForValueScores) -> str:
+def _about_preferences(scores: ForValueScores) -> str:
     """How many preference rows look as if they were the wrong way round."""
     n, scored = int((scores.values < 0).sum()), int(np.isfinite(scores.values).sum())
     return (

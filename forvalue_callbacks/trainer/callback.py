@@ -17,7 +17,7 @@ from ..methods import METHODS
 from ..model.ranks import of_all_ranks, together
 from ..policies import Policy, as_policy
 from ..progress import speaking
-from ..report.words import about_preferences, lines, numbers
+from ..report.words import lines, numbers
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
 from ..scores.writer import remove_parts
@@ -188,10 +188,8 @@ class ForValueCallback(TrainerCallback):
         warn_of_unscored(self.scores, self.dry_run)
         if first:
             report(args, state.global_step, found)
-        took = seconds if made_anew else None
-        progress.say(lines(self.scores, chosen, self.policy, took, drawn=True, dry_run=self.dry_run))
-        if has_preferences(dataset):
-            progress.say(about_preferences(self.scores))
+        options = {"drawn": True, "dry_run": self.dry_run, "preferences": has_preferences(dataset)}
+        progress.say(lines(self.scores, chosen, self.policy, seconds if made_anew else None, **options))
         if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
             write_report(args, scorer, self.scores, dataset, chosen, self.policy)
 

@@ -15,7 +15,7 @@ from ..data.packed import LENGTHS, has_packs, packed_again, taken_apart
 from ..model.ranks import together
 from ..policies import Policy, Swap, as_policy
 from ..progress import speaking
-from ..report.words import about_preferences, lines
+from ..report.words import lines
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
 from .evaluation import EVAL, validation_rows
@@ -110,13 +110,12 @@ def _prefilter(
         places = np.flatnonzero(weights)
         kept = _changed(shorten(places), [changed.get(place) for place in places.tolist()])
         trainer.train_dataset = packed_again(kept, longest) if n_packs else kept
-    progress.say(lines(scores, weights, policy, seconds, drawn=False, dry_run=dry_run))
+    options = {"drawn": False, "dry_run": dry_run, "preferences": has_preferences(dataset)}
+    progress.say(lines(scores, weights, policy, seconds, **options))
     if n_packs and not dry_run:
         progress.say(f"packs       {n_packs:,} taken apart, {len(trainer.train_dataset):,} of what is kept")
     if policy.relabels:
         progress.say(_about_others(policy, len(others)))
-    if has_preferences(dataset):
-        progress.say(about_preferences(scores))
     if verbose:
         write_report(args, scorer, scores, dataset, weights, policy)
     return scores

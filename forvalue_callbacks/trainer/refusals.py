@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, Subset
 
 from ..data.packed import has_packs
-from ..data.preference import is_preference
+from ..data.preference import is_pair, is_preference
 from ..data.reading import examples_of
 from ..policies import Policy
 from ..scores.scores import ForValueScores
@@ -70,6 +70,9 @@ def refuse_trainer(args: Any, dataset: Any, packs: bool = False) -> None:
 
 def has_preferences(dataset: Any) -> bool:
     """Whether training rows are pairs of a chosen and a rejected answer, or answers marked as good or bad."""
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "label" not in columns and not is_pair(columns):
+        return False
     return is_preference(next(examples_of(dataset), None))
 
 
