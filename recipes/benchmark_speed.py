@@ -22,6 +22,11 @@ Random weights of the true shape (times do not depend on the values), float32 on
     direction  the validation side alone: hash of the weights and ForValueScorer.direction
     kept       the same where another process has left the direction in `direction_cache`
     pairs      ForValueScorer.pairwise, to a file
+    fitted, auto  all of what such a scorer does, the validation side included
+    label_model   the same, on the rows with one of eight answers each; short_answers: the scorer on them
+
+Of the scorer and the methods it is counted, too, how often the model reads a token and how many products with the head
+there are for each labelled one, those of the validation side apart.
 
 Writes benchmark_speed.md and, with sweeps, a picture to `output_dir`.
 """
@@ -41,6 +46,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from counting import Work, counted
 from data import collate
 from influence_report import Meter, known
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -63,7 +69,10 @@ from forvalue_callbacks.model.run import tokens_per_batch
 from forvalue_callbacks.tiny import instructions
 
 ARMS = ("backbone", "bound", "scorer", "evaluation", "trainer", "sft", "algorithm1", "captum", "seen", "direction")
-ARMS += ("kept", "pairs", "gradients")  # the last one changes the model
+ARMS += ("kept", "pairs", "fitted", "auto", "label_model", "short_answers")
+ARMS += ("gradients",)  # changes the model
+# Arms of methods, whose work is counted.
+METHOD_ARMS = {"scorer": "gradient", "fitted": "fitted", "auto": "auto", "label_model": "label_model"}
 # What is varied alone, all else as in the config.
 SWEEPS: dict[str, tuple[str, list[Any]]] = {
     "rows": ("rows", [1000, 4000, 16000]),
@@ -118,6 +127,16 @@ def build(config: BenchmarkConfig) -> tuple[PreTrainedModel, Rows, Rows]:
         ids = beginning + rng.integers(3, vocabulary, length).tolist()
         rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - n_labelled) + ids[len(ids) - n_labelled :]})
     return model, rows[: config.rows], rows[config.rows :]
+
+
+def with_few_answers(rows: Rows) -> Rows:
+    """The same prompts with one of eight answers of one token each."""
+    out = []
+    for row in rows:
+        prompt = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+        answer = 3 + sum(prompt) % 8
+        out.append({"input_ids": [*prompt, answer], "labels": [-100] * len(prompt) + [answer]})
+    return out
 
 
 def as_they_come(rows: Rows, batch_size: int) -> Iterator[Rows]:
@@ -204,6 +223,10 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
         fresh.provenance()
         fresh.direction()
 
+    def whole(method: str, *, few: bool = False) -> object:
+        rows, known_rows = (with_few_answers(side) if few else side for side in (train, validation))
+        return ForValueScorer(model, known_rows, ForValueConfig(method), progress=False).score(rows)
+
     adapted: list[PeftModel] = []
 
     def gradients() -> object:
@@ -252,6 +275,10 @@ def arms(config: BenchmarkConfig) -> dict[str, Callable[[], object]]:
         "direction": validation_side,
         "kept": lambda: validation_side(direction_cache=config.output_dir),
         "pairs": lambda: scorer.pairwise(train, Path(config.output_dir) / "pairs.npy"),
+        "fitted": lambda: whole("fitted"),
+        "auto": lambda: whole("auto"),
+        "label_model": lambda: whole("label_model", few=True),
+        "short_answers": lambda: whole("gradient", few=True),
         "gradients": gradients,
     }
 
@@ -267,6 +294,26 @@ def measure_time(config: BenchmarkConfig) -> dict[str, float]:
         for name, run in runs.items():
             seconds[name].append(meter(run).seconds)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def count_work(config: BenchmarkConfig) -> list[str]:
+    """A table: of the methods among the arms the tokens that the model reads and the products with the head, for each
+    token and each labelled one, on the validation side and on the rows."""
+    model, train, validation = build(config)
+    out = ["| method | side | times each token is read | head products per labelled one |", "|---|---|---|---|"]
+    for name in [name for name in METHOD_ARMS if name in config.arms]:
+        sides = [with_few_answers(side) if name == "label_model" else side for side in (validation, train)]
+        scorer = ForValueScorer(model, sides[0], ForValueConfig(METHOD_ARMS[name]), progress=False)
+        both, rows = (counted(model, lambda: scorer.score(sides[1])) for _ in range(2))  # noqa: B023
+        for side, some, work in (
+            ("validation", sides[0], Work(both.tokens - rows.tokens, both.multiplications - rows.multiplications)),
+            ("rows", sides[1], rows),
+        ):
+            n_tokens = sum(len(row["labels"]) for row in some)
+            n_labelled = sum(label != -100 for row in some for label in row["labels"])
+            products = work.multiplications / n_labelled / model.get_output_embeddings().weight.numel()
+            out.append(f"| {METHOD_ARMS[name]} | {side} | {work.tokens / n_tokens:.2f} | {products:.2f} |")
+    return out if len(out) > 2 else []
 
 
 def measure_memory(config: BenchmarkConfig) -> dict[str, float]:
@@ -389,6 +436,7 @@ def main(config: BenchmarkConfig) -> str:
             "",
             f"Padded tokens for each real one: {padding(loose):.2f} as they come, {padding(tight):.2f} by length.",
         ]
+        out += ["", *count_work(config)]
         out += ["", error_of_seen()] if "seen" in medians else []
         if torch.accelerator.is_available():
             out += ["", f"Peak memory {torch.accelerator.max_memory_allocated() / 2**30:.1f} GiB."]

@@ -47,12 +47,29 @@ def test_algorithm1_is_the_score_on_the_tokens_seen(small):
 
 
 def test_every_arm_runs_and_is_compared_with_the_scorer(tmp_path):
-    text = recipe.main(recipe.BenchmarkConfig(**SMALL, arms=list(recipe.ARMS), output_dir=str(tmp_path)))
+    config = recipe.BenchmarkConfig(
+        **{**SMALL, "validation_rows": 40}, arms=list(recipe.ARMS), output_dir=str(tmp_path)
+    )
+    text = recipe.main(config)
     for name in recipe.ARMS:
         assert f"\n| {name} | " in text
     assert "| scorer | " in text
     assert 0.5 < float(text.rsplit("rank correlation with the exact score ", 1)[1].rstrip(".\n")) < 1
     assert (tmp_path / "benchmark_speed.md").read_text() == text
+
+
+def test_the_work_of_the_methods_is_counted():
+    """Of the plain score by hand: each token is read once, and there are two products with the head; the validation
+    side makes three, and a look at whether the model is what it seems to be."""
+    enough = {**SMALL, "length": 100, "shortest": 1.0, "validation_rows": 40}
+    with torch.no_grad():
+        head, _, validation, rows = recipe.count_work(recipe.BenchmarkConfig(**enough, arms=["backbone", "scorer"]))
+    assert head.startswith("| method | side |")
+    assert rows == "| gradient | rows | 0.99 | 2.00 |", "but for the last token of each"
+    _, method, side, read, products, _ = (cell.strip() for cell in validation.split("|"))
+    assert (method, side) == ("gradient", "validation")
+    assert 0.99 <= float(read) < 1.1
+    assert 3.0 <= float(products) < 3.1
 
 
 def test_sweeps_give_exponents_and_a_picture(tmp_path, monkeypatch):

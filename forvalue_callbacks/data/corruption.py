@@ -72,11 +72,11 @@ class Spelling:
 
     def tokens(self, text: str, like: np.ndarray) -> np.ndarray:
         """Of an answer that begins with a space or without as those tokens do."""
-        plain, spaced = (
-            self.tokenizer(side + text.strip(), add_special_tokens=False)["input_ids"] for side in ("", " ")
-        )
-        first = self.tokenizer(" " + self.text(like).strip(), add_special_tokens=False)["input_ids"][:1]
-        return np.asarray(spaced if first == like[:1].tolist() else plain, dtype=np.int64)
+        first = self._encoded(" " + self.text(like).strip())[:1]
+        return np.asarray(self._encoded((" " if first == like[:1].tolist() else "") + text.strip()), dtype=np.int64)
+
+    def _encoded(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def answer_span(row: Row) -> slice:
