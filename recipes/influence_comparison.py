@@ -315,7 +315,8 @@ def compare(
         f"{', '.join(largest)}; the per-sample gradients of one checkpoint take {kept:.0f} MiB"
     )
     add(TRACIN_CP, Measured(over_checkpoints, 0.0, None), config.epochs, training, all_gradients)
-    scoring = meter(lambda: baselines.z0_inf([shot.value for shot in snapshots]))
-    looked = Measured(None, sum(s.seconds for s in snapshots), max_of(*(s.peak_mib for s in snapshots)))
-    add(Z0_INF, scoring, config.epochs, training, looked)
+    if len(snapshots) > 1:  # or there is nothing to compare
+        scoring = meter(lambda: baselines.z0_inf([shot.value for shot in snapshots]))
+        looked = Measured(None, sum(s.seconds for s in snapshots), max_of(*(s.peak_mib for s in snapshots)))
+        add(Z0_INF, scoring, config.epochs, training, looked)
     return results, notes

@@ -37,7 +37,7 @@ RECIPES = {
 ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm", "sft_outcomes"}
 # Modules that recipes share, not scripts.
 SHARED = {"data", "sft", "influence_comparison", "influence_report", "influence_tasks", "real_errors"}
-SHARED |= {"shapes", "vlm_tasks", "outcomes", "outcome_report"}
+SHARED |= {"counting", "shapes", "vlm_tasks", "outcomes", "outcome_report"}
 
 
 def test_every_recipe_is_known_here():
