@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from data import Rows
 from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from forvalue_callbacks import TINY_MODEL
@@ -59,6 +59,7 @@ def make_trainer(
     needed = training.chat_template_path is None and _conversations(rows.train)
     if needed and not AutoTokenizer.from_pretrained(name).chat_template:
         raise DataError(f"the tokenizer of {name} has no chat template: give one as --chat_template_path FILE.")
+    set_seed(training.seed)  # older versions of TRL make adapters before they do
     return SFTTrainer(
         name,
         args=training,
