@@ -8,7 +8,6 @@ the scores lie apart. Exits with the number of failures.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+
+from helpers.elsewhere import chosen_here
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-6
@@ -86,18 +87,12 @@ INSIDE = {"deepspeed": deepspeed, "ray": ray}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("engine", choices=INSIDE)
-    parser.add_argument("--python", default=sys.executable)
-    parser.add_argument("--inside", action="store_true", help="this is the Python of the engine")
-    options = parser.parse_args()
-    if not options.inside:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-        env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), env.get("PYTHONPATH", "")])
-        return subprocess.run([options.python, __file__, options.engine, "--inside"], env=env, check=False).returncode
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    engine = chosen_here(__file__, "engine", INSIDE, env)
     with tempfile.TemporaryDirectory() as folder:
-        results = list(INSIDE[options.engine](Path(folder)))
-    print(", ".join(f"{name} {version(name)}" for name in (options.engine, "torch", "transformers", "datasets")))
+        results = list(INSIDE[engine](Path(folder)))
+    print(", ".join(f"{name} {version(name)}" for name in (engine, "torch", "transformers", "datasets")))
     for name, distance in results:
         print(f"{name:60s} {distance:.1e} apart" if np.isfinite(distance) else f"{name:60s} failed", flush=True)
     return sum(not distance <= TOLERANCE for _, distance in results)

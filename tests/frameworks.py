@@ -10,12 +10,10 @@ of failures.
 
 from __future__ import annotations
 
-import argparse
 import importlib.machinery
 import inspect
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -25,6 +23,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from helpers.elsewhere import chosen_here
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "forvalue_callbacks" / "tiny" / "model"
@@ -323,22 +323,14 @@ def refused(way: Callable[[], Any], why: str) -> tuple[bool, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("framework", choices=INSIDE)
-    parser.add_argument("--python", default=sys.executable)
-    parser.add_argument("--inside", action="store_true", help="this is the Python of the framework")
-    options = parser.parse_args()
-    if not options.inside:
-        # LLaMA-Factory refuses newer versions than it was tried with; nothing is to be fetched, or told.
-        env = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-        env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-        return subprocess.run(
-            [options.python, __file__, options.framework, "--inside"], env=env, check=False
-        ).returncode
+    # LLaMA-Factory refuses newer versions than it was tried with; nothing is to be fetched, or told.
+    env = {"DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    framework = chosen_here(__file__, "framework", INSIDE, env)
     failed, results = 0, []
     with tempfile.TemporaryDirectory() as name:
         noisy = write(Path(name))
-        for way, run, n_trained in INSIDE[options.framework](Path(name)):
+        for way, run, n_trained in INSIDE[framework](Path(name)):
             try:
                 right, text = refused(run, n_trained) if isinstance(n_trained, str) else outcome(run, noisy, n_trained)
             except Exception as error:
@@ -346,7 +338,7 @@ def main() -> int:
                 right, text = False, f"{type(error).__name__}: {error}"
             failed += not right
             results.append(f"{way:16s} {'' if right else 'WRONG: '}{text}")
-    names = [options.framework, "transformers", "datasets", "torch"]
+    names = [framework, "transformers", "datasets", "torch"]
     print(", ".join(f"{name} {version(name)}" for name in names))
     print("\n".join(results), flush=True)
     return failed

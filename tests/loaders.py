@@ -8,17 +8,16 @@ form: how many rows came out, and whether what is learnt of each holds its answe
 
 from __future__ import annotations
 
-import argparse
 import importlib.machinery
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+
+from helpers.elsewhere import chosen_here
 
 MODEL = Path(__file__).parent.parent / "forvalue_callbacks" / "tiny" / "model"  # for its tokenizer
 QUESTIONS = ["what is the sky", "where is the cat", "who sees the dog", "what is blue", "where is tom", "who sings"]
@@ -199,21 +198,13 @@ INSIDE = {"openrlhf": openrlhf, "llamafactory": llamafactory, "axolotl": axolotl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("framework", choices=INSIDE)
-    parser.add_argument("--python", default=sys.executable)
-    parser.add_argument("--inside", action="store_true", help="this is the Python of the framework")
-    options = parser.parse_args()
-    if not options.inside:
-        # LLaMA-Factory refuses newer versions than it was tried with; nothing is to be fetched, or told.
-        env = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-        return subprocess.run(
-            [options.python, __file__, options.framework, "--inside"], env=env, check=False
-        ).returncode
+    # LLaMA-Factory refuses newer versions than it was tried with; nothing is to be fetched, or told.
+    env = {"DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    framework = chosen_here(__file__, "framework", INSIDE, env)
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        results = list(INSIDE[options.framework](write(Path(folder))))
-    names = [options.framework, "transformers", "datasets", "torch"]
+        results = list(INSIDE[framework](write(Path(folder))))
+    names = [framework, "transformers", "datasets", "torch"]
     print(", ".join(f"{name} {version(name)}" for name in names))
     for form, found in results:
         if isinstance(found, Exception):

@@ -130,9 +130,9 @@ def form_of(
     columns = list(dict.fromkeys(column for row in first for column in row))
     if any(templates):
         return _of_templates(source, templates, columns)
+    values = {column: [row[column] for row in first if row.get(column) is not None] for column in columns}
     # What half of the rows have, so that an odd one does not decide; or what there is.
     for least in (len(first) / 2, 1, 0):
-        values = {column: [row[column] for row in first if row.get(column) is not None] for column in columns}
         known = {column: _usual(there) for column, there in values.items() if len(there) >= least}
         if (form := _known_form(known, text_column)) is not None:
             return form
