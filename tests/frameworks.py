@@ -10,21 +10,19 @@ of failures.
 
 from __future__ import annotations
 
-import importlib.machinery
 import inspect
 import json
 import os
 import sys
 import tempfile
 import traceback
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from helpers.elsewhere import chosen_here
+from helpers.elsewhere import chosen_here, stand_in
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "forvalue_callbacks" / "tiny" / "model"
@@ -72,14 +70,6 @@ def holds(batches: list[list[int]], rows: list[list[int]]) -> list[bool]:
     """Whether each row's tokens stand together somewhere in what was trained on, packed or not."""
     text = ";".join("," + ",".join(map(str, ids)) + "," for ids in batches)
     return ["," + ",".join(map(str, ids)) + "," in text for ids in rows]
-
-
-def stand_in(*names: str) -> None:
-    """Modules that a framework imports for sound or telemetry: not needed here."""
-    for name in names:
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        sys.modules[name] = module
 
 
 # ---- each framework: the ways in which it trains ----

@@ -8,7 +8,6 @@ form: how many rows came out, and whether what is learnt of each holds its answe
 
 from __future__ import annotations
 
-import importlib.machinery
 import json
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from helpers.elsewhere import chosen_here
+from helpers.elsewhere import chosen_here, stand_in
 
 MODEL = Path(__file__).parent.parent / "forvalue_callbacks" / "tiny" / "model"  # for its tokenizer
 QUESTIONS = ["what is the sky", "where is the cat", "who sees the dog", "what is blue", "where is tom", "who sings"]
@@ -59,14 +58,6 @@ def write(folder: Path) -> dict[str, Path]:
 
 
 # ---- what each framework makes of a file: texts of what is learnt, row by row ----
-
-
-def stand_in(*names: str) -> None:
-    """Modules that a loader imports for sound or telemetry: not needed for rows of text."""
-    for name in names:
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        sys.modules[name] = module
 
 
 def learnt(rows: Iterator[dict[str, list[int]]], tokenizer: object) -> list[str]:

@@ -63,8 +63,7 @@ class Pairs:
         signed = positions.weights[:, None] * values.cpu().numpy() * side.weights
         out = np.full((len(positions.lengths), self.n_validation), np.nan)
         out[:, side.index] = 0.0
-        for place, column in zip(side.index, signed.T, strict=True):  # those of several segments of a row add up
-            out[:, place] += column
+        np.add.at(out.T, list(side.index), signed.T)  # those of several segments of a row add up
         return {"pairs": out}
 
     def to_file(self, file: PairsFile | None, path: str | Path, dataset: Any) -> Tensor:
