@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,10 @@ def _name(model_config: ModelConfig) -> str:
     return model_config.model_name_or_path or str(TINY_MODEL)
 
 
+def _plain(value: Any) -> str:
+    return str(value.value if isinstance(value, Enum) else value)
+
+
 def settings_of(
     config: OutcomesConfig, data: DataConfig, training: SFTConfig, model_config: ModelConfig
 ) -> dict[str, Any]:
@@ -221,8 +226,8 @@ def settings_of(
     shown = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
     shown += ("learning_rate", "lr_scheduler_type", "max_length")
     peft = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules")
-    out = {name: str(getattr(training, name)) for name in shown}
-    out |= {name: str(getattr(model_config, name)) for name in peft[: None if model_config.use_peft else 1]}
+    out = {name: _plain(getattr(training, name)) for name in shown}
+    out |= {name: _plain(getattr(model_config, name)) for name in peft[: None if model_config.use_peft else 1]}
     known_rows = {name: value for name, value in asdict(data).items() if name != "data_seed_rows"}
     for name in ("data", "validation_data", "test_data"):
         known_rows[name] = None if known_rows[name] is None else Path(known_rows[name]).name
