@@ -13,7 +13,7 @@ from forvalue_callbacks.core.stats import auc
 from forvalue_callbacks.data.corruption import KINDS, TEXT_KINDS
 from forvalue_callbacks.data.rules import RULES
 from forvalue_callbacks.methods.auto import Auto
-from forvalue_callbacks.methods.base import Found
+from forvalue_callbacks.methods.base import Found, measured
 from forvalue_callbacks.methods.measures import (
     FOLDS,
     HALF_CANDIDATES,
@@ -21,7 +21,9 @@ from forvalue_callbacks.methods.measures import (
     Match,
 )
 from forvalue_callbacks.methods.weighing import fold_of
+from forvalue_callbacks.progress import Progress
 from forvalue_callbacks.report.words import about_noise
+from forvalue_callbacks.scores.judgements import Judgements
 from forvalue_callbacks.scores.noise import Evidence, NoiseEstimate
 from helpers.answers import EOS, answered
 from helpers.models import build_model, build_rows
@@ -84,9 +86,9 @@ def test_training_rows_are_judged_by_both_halves_alike_and_validation_rows_by_th
     np.testing.assert_allclose(scores_of(clean, copied, swapped)[0], want, rtol=1e-10)
     other = train | {name: values + np.array([0.0, 0.5]) for name, values in halves.items()}
     assert relative(scores_of(clean, copied, other)[0], want) > 1e-3
-    for measured in (clean, *copied.values()):  # what a row's own half says of it
+    for side in (clean, *copied.values()):  # what a row's own half says of it
         for name in halves:
-            measured[name][np.arange(40), np.arange(40) % 2] = np.nan
+            side[name][np.arange(40), np.arange(40) % 2] = np.nan
     np.testing.assert_array_equal(scores_of(clean, copied, train)[0], want)
 
 
@@ -283,6 +285,37 @@ def test_answers_are_swapped_within_a_half(monkeypatch):
         scorer.score(answered(3))
     assert sorted([*halves[0], *halves[1]]) == sorted(row["input_ids"] for row in validation)
     assert len(halves[0]) == len(halves[1]) == 20
+
+
+def test_answers_that_copies_share_are_read_once_and_judged_by_the_half_that_does_not_know_them(monkeypatch):
+    validation, kept, made, part = answered(40, seed=1), {}, {}, Progress.part
+
+    def counted(self, name, rows):
+        made[name] = rows
+        return part(self, name, rows)
+
+    def noted(self, state, found):
+        kept.update(state)
+        return np.zeros(found.n), NoiseEstimate(0.0, {}, 40), Judgements.none(found.n)
+
+    monkeypatch.setattr(Progress, "part", counted)
+    monkeypatch.setattr(Auto, "finish", noted)
+    scorer = ForValueScorer(build_model(), validation, ForValueConfig(method="auto"))
+    scorer.score(answered(3))
+    clean, copies, reference = kept["clean"], kept["copies"], kept["reference"]
+    assert kept["kinds"][0] == "swapped"
+    assert made["answers alone"] <= 40 + len(copies["class"]) - (copies["class"] == 1).sum()
+    method = Auto()
+    method.bos = scorer.backbone.bos
+    for h in (0, 1):
+        rows = [validation[int(i)] for i in clean["place"][clean["half"] == h]]
+        with torch.no_grad():
+            judged = measured(scorer.run, method, {"reference": reference.half(1 - h)}, rows, "rows")
+        swapped = (copies["class"] == 1) & (copies["half"] == h)
+        for name in ("alone", "alone, fitted"):
+            np.testing.assert_allclose(clean[name][clean["half"] == h], judged[name], rtol=1e-4, atol=1e-6)
+            # In another order the answers are the same ones.
+            assert set(copies[name][swapped].tolist()) == set(clean[name][clean["half"] == h].tolist())
 
 
 def test_auto_and_labels_agree_where_answers_repeat_and_find_the_wrong_ones():

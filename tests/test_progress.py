@@ -127,7 +127,7 @@ def unweighed(self, state, found):
             [
                 "first half of the validation rows",
                 "second half",
-                "their answers alone",
+                "answers alone",
                 *["copies of them"] * 2,
                 "rows to score",
             ],

@@ -258,8 +258,10 @@ _TEXTS: dict[str, Callable[[str, np.random.Generator], str]] = {
 }
 # Other forms of right answers: no noise, and to be told from it.
 FORMS = ("no end", "lower case", "no full stop")
-# Kinds that need a tokenizer; those of which every row has a copy, the frequent ones; all kinds of noise.
+# Kinds that need a tokenizer; kinds whose answers are those of rows, or a few that are always the same; those of which
+# every row has a copy, the frequent ones; all kinds of noise.
 TEXT_KINDS = tuple(_TEXTS)
+OLD_ANSWERS = ("swapped", "answer of a similar prompt", "prompt truncated", "refusal")
 MAIN_KINDS = ("swapped", *list(_CHANGES)[:3])
 KINDS = (
     *MAIN_KINDS,

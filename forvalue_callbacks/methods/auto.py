@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 
 from ..core import Head
-from ..data.corruption import FORMS, KINDS, MAIN_KINDS, TEXT_KINDS, Spelling, corrupted, word_starts
+from ..data.corruption import FORMS, KINDS, MAIN_KINDS, OLD_ANSWERS, TEXT_KINDS, Spelling, corrupted, word_starts
 from ..data.reader import row_of, sample_of
 from ..data.sample import Sample, Segment, answer_alone
 from ..data.sft import Row
@@ -39,7 +39,7 @@ MIN_ROWS = 40
 MIN_COPIES = 60
 # A part of the training rows that is not judged, from which on there is a warning.
 MANY_UNJUDGED = 0.05
-ALONE, COPIES = "their answers alone", "copies of them"
+ALONE, COPIES = "answers alone", "copies of them"
 HALVES = ("first half of the validation rows", "second half")
 
 
@@ -54,7 +54,7 @@ class Auto(Method):
     needs_validation = False
     finishing = "weighing the evidence"
     reads_prompt = True
-    parts: ClassVar[tuple[str, ...]] = ("rows", "answers alone")
+    parts: ClassVar[tuple[str, ...]] = ("rows", ALONE)
     bos = 0
 
     def chosen(self, validation: Sequence[Sample]) -> Method:
@@ -68,14 +68,14 @@ class Auto(Method):
 
     def plan(self, validation: Sequence[Sample], n_rows: int | None, fitted: bool) -> Plan:
         n, tokens = len(validation), mean_tokens(validation)
-        # Of a row and of its answer alone.
-        both = (tokens + float(np.mean([sample.n_labelled for sample in validation]))) / 2
+        labelled = float(np.mean([sample.n_labelled for sample in validation]))
         n_copies = sum(_n_copies(n, kind) for kind in (*KINDS, *FORMS))
+        n_alone = n + sum(_n_copies(n, kind) for kind in (*KINDS, *FORMS) if kind not in OLD_ANSWERS)
         before = [Pass(half, n // 2, tokens) for half in HALVES]
-        before += [Pass(ALONE, n, 2 * both - tokens), *[Pass(COPIES, n_copies, both) for _ in HALVES]]
+        before += [Pass(ALONE, n_alone, labelled), *[Pass(COPIES, n_copies // 2, tokens) for _ in HALVES]]
         passes = [] if fitted else before
-        what = f"{VALIDATION}, {n_copies:,} corrupted {COPIES}, {ROWS}; of each the answers alone too"
-        passes = [*passes, Pass(ROWS, None if n_rows is None else 2 * n_rows, both)]
+        what = f"{VALIDATION}, {n_copies:,} corrupted {COPIES}, {ROWS}; of each the {ALONE} too"
+        passes = [*passes, Pass(ROWS, None if n_rows is None else 2 * n_rows, (tokens + labelled) / 2)]
         return Plan(passes, probe=0 if fitted else len(HALVES), what=what)
 
     def fit(self, run: Run, validation: Sequence[Sample]) -> State:
@@ -103,16 +103,20 @@ class Auto(Method):
         whole = [whole_rows(other, head, batch) for other, batches in judged_by for batch in batches]
         index = [i for batches in kept for batch in batches for i in batch.index]
         del kept
-        alone = measured(run, _Alone(self.bos), {"reference": reference}, validation, ALONE)
+        kinds, copies = _copies(run, validation, places, spelling)
+        changed, rows = [copy for _, _, copy in copies], np.array([row for row, _, _ in copies])
+        alone = _Answers.of(run, self.bos, reference, [*validation, *changed])
         clean = _clean(validation, half, whole, index, alone)
         sides = torch.from_numpy(clean["prompt"]).double(), torch.from_numpy(clean["answer"]).double()
         if (bases := leading(*sides)) is not None:
             reference, *others = (replace(one, bases=bases) for one in (reference, *others))
+            alone.columns["answer"] = alone.columns["answer"] @ bases[1].float().numpy()
             for name, side, basis in zip(("prompt", "answer"), sides, bases, strict=True):
                 clean[name] = (side @ basis).numpy()
-        kinds, copies = _copies(run, validation, places, spelling)
-        found = self._of_copies(run, others, half, copies)
-        rows, classes = (np.array([copy[side] for copy in copies])[found["index"]] for side in (0, 1))
+        found = self._of_copies(run, others, half[rows], rows, changed)
+        found = {name: values[alone.place[len(validation) + found["index"]] >= 0] for name, values in found.items()}
+        rows, classes = rows[found["index"]], np.array([kind for _, kind, _ in copies])[found["index"]]
+        found |= alone.by_the_other_half(len(validation) + found["index"], half[rows])
         clean["place"] = np.array([validation[int(i)].index for i in clean["index"]])
         place = np.full(len(validation), -1)
         place[clean["index"]] = np.arange(len(clean["index"]))
@@ -124,15 +128,19 @@ class Auto(Method):
         }
 
     def _of_copies(
-        self, run: Run, others: Sequence[Reference], half: np.ndarray, copies: Sequence[tuple[int, int, Sample]]
+        self, run: Run, others: Sequence[Reference], half: np.ndarray, rows: np.ndarray, copies: Sequence[Sample]
     ) -> Columns:
-        """Columns of copies of validation rows, judged by the half that these are not in, in their order."""
-        rows, parts = np.array([row for row, _, _ in copies]), []
+        """Columns of copies of validation rows, whole, each judged by the half that its row is not in, in their order.
+
+        Args:
+            half, rows: (copies,), of each the half and the place of the row that it is made from.
+        """
+        parts = []
         for h, other in enumerate(others):
             # Those of a row follow one another: they share its prompt, which is run once.
-            here = np.flatnonzero(half[rows] == h)
+            here = np.flatnonzero(half == h)
             here = here[np.argsort(rows[here], kind="stable")]
-            part = measured(run, self, {"reference": other}, [copies[int(i)][2] for i in here], COPIES)
+            part = measured(run, _Whole(), {"reference": other}, [copies[int(i)] for i in here], COPIES)
             parts.append({**part, "index": here[part["index"]]})
         order = np.argsort(np.concatenate([part["index"] for part in parts]))
         return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
@@ -149,10 +157,16 @@ class Auto(Method):
         return values, noise, judgements
 
 
+class _Whole(Auto):
+    """The whole rows."""
+
+    parts = ("rows",)
+
+
 class _Alone(Auto):
     """The answers alone."""
 
-    parts = ("answers alone",)
+    parts = (ALONE,)
     reads_prompt = False
 
     def __init__(self, bos: int):
@@ -166,27 +180,58 @@ class _Alone(Auto):
         return answers_alone(state["reference"], head, positions)
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """Measures of the answers alone of validation rows and their copies, each different answer once: many copies have
+    that of a row, or one of few.
+
+    Args:
+        place: (rows,), of the answer of a row in the columns; -1 where it cannot be scored.
+        columns: by both halves of the validation rows.
+    """
+
+    place: np.ndarray
+    columns: Columns
+
+    @classmethod
+    def of(cls, run: Run, bos: int, reference: Reference, samples: Sequence[Sample]) -> _Answers:
+        numbers: dict[bytes, int] = {}
+        which = np.array([numbers.setdefault(sample.answer, len(numbers)) for sample in samples])
+        different = [samples[int(i)] for i in np.unique(which, return_index=True)[1]]
+        columns = measured(run, _Alone(bos), {"reference": reference}, different, ALONE)
+        place = np.full(len(numbers), -1)
+        place[columns.pop("index")] = np.arange(len(columns.pop("digest")))
+        return cls(place[which], columns)
+
+    def by_the_other_half(self, rows: np.ndarray, half: np.ndarray) -> Columns:
+        """Of some rows, each by the half that it is not in."""
+        out = {name: values[self.place[rows]] for name, values in self.columns.items()}
+        return {**out, "alone, fitted": out["alone, fitted"][np.arange(len(rows)), 1 - half]}
+
+
 def _clean(
-    validation: Sequence[Sample], half: np.ndarray, whole: Sequence[Columns], index: Sequence[int], alone: Columns
+    validation: Sequence[Sample], half: np.ndarray, whole: Sequence[Columns], index: Sequence[int], alone: _Answers
 ) -> Columns:
-    """Columns of the validation rows that could be scored, whole and their answers alone, in their order.
+    """Columns of the validation rows that could be scored, whole and their answers alone, in their order, and their
+    places under "index".
 
     Args:
         whole: of batches of whole rows, which have the places `index` in their data set.
-        alone: by both halves, of which the one counts that the row is not in.
 
     Raises:
         ValueError: there are none.
     """
     columns = {name: np.concatenate([part[name] for part in whole]) for name in whole[0]}
     reasons, at = columns.pop("reason"), {i: k for k, i in enumerate(index)}
-    place = np.array([at[validation[int(i)].index] for i in alone["index"]])
-    good = np.array([reason is None for reason in reasons[place]])
+    scored = np.flatnonzero(alone.place[: len(validation)] >= 0)
+    place = np.array([at[validation[int(i)].index] for i in scored], dtype=np.int64)
+    good = np.array([reason is None for reason in reasons[place]], dtype=bool)
     if not good.any():
-        raise ValueError(f"{VALIDATION}: none of {len(reasons)} can be scored ({reasons[place][0]}).")
-    alone = {name: values[good] for name, values in alone.items()}
-    alone["alone, fitted"] = alone["alone, fitted"][np.arange(good.sum()), 1 - half[alone["index"]]]
-    return {**{name: values[place[good]] for name, values in columns.items()}, **alone}
+        why = reasons[0] or f"not their {ALONE}"
+        raise ValueError(f"{VALIDATION}: none of {len(reasons)} can be scored ({why}).")
+    scored = scored[good]
+    columns = {name: values[place[good]] for name, values in columns.items()}
+    return {**columns, **alone.by_the_other_half(scored, half[scored]), "index": scored}
 
 
 def _warn(noise: NoiseEstimate, n_rows: int) -> None:
