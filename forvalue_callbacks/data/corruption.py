@@ -8,6 +8,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -124,12 +125,13 @@ def corrupted(
     # The token that ends nearly every answer (EOS) is no word of it and stays where it is.
     lasts, counts = np.unique([answer[-1] for answer in answers], return_counts=True)
     end = int(lasts[counts.argmax()]) if counts.max() > 0.8 * len(rows) else None
-    pool = [word for answer in answers for word in _words(answer, end, starts)[0]]
+    spelled = [_words(answer, end, starts) for answer in answers]
+    pool = [word for words, _ in spelled for word in words]
     bodies = _prompt_bodies([row.input_ids[: span.start] for row, span in zip(rows, spans, strict=True)])
     other = _others(rows, answers, bodies, kind, rng)
     out: list[Row | None] = []
     for i, (row, span, answer) in enumerate(zip(rows, spans, answers, strict=True)):
-        words, tail = _words(answer, end, starts)
+        words, tail = spelled[i]
         asked = row.input_ids[bodies[i]]
         prompt, changed = row.input_ids[: span.start], answer
         if kind == "no end":
@@ -204,8 +206,8 @@ def _words(answer: np.ndarray, end: int | None, starts: np.ndarray | None) -> tu
     """The words of an answer, and the token that ends it, if it does."""
     n = len(answer) - 1 if answer[-1] == end and len(answer) > 1 else len(answer)
     body = answer[:n]
-    cuts = np.arange(1, n) if starts is None else 1 + np.flatnonzero(starts[body[1:]])
-    return np.split(body, cuts), answer[n:]
+    cuts = range(1, n) if starts is None else (1 + np.flatnonzero(starts[body[1:]])).tolist()
+    return [body[start:stop] for start, stop in pairwise([0, *cuts, n])], answer[n:]  # np.split takes 50 times as long
 
 
 def _deleted(words: Words, pool: Words, rng: np.random.Generator) -> Words | None:
