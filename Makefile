@@ -23,7 +23,7 @@ test-oldest: $(OLDEST)/.installed
 
 # The attacks of the suite at length.
 attack: $(VENV)/.installed
-	ATTACK=60 FORVALUE_KILLS=20 OMP_NUM_THREADS=1 $(RUN) $(PYTEST) tests/attack tests/test_cli_state.py
+	ATTACK=60 OMP_NUM_THREADS=1 $(RUN) $(PYTEST) tests/attack
 
 # What would be installed beside other frameworks.
 beside: $(VENV)/.installed

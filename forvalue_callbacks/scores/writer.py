@@ -89,7 +89,6 @@ class ScoreWriter:
             raise
 
     def _open(self, provenance: dict[str, Any], settings: dict[str, Any], anew: bool) -> None:
-        remove_leftovers(self.folder)
         found = read_manifest(self.folder)
         if anew:
             _remove_files(self.folder)
