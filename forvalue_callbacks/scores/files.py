@@ -79,8 +79,14 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             path.rename(old)
             stack.callback(shutil.rmtree, old, ignore_errors=True)
         else:
+            old = None
             path.unlink(missing_ok=True)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if old is not None:
+                old.rename(path)
+            raise
     sync_folder(path.parent)
 
 
