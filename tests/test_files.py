@@ -1,5 +1,6 @@
 """Files: whole or not at all, and what killed runs have left goes."""
 
+import contextlib
 import os
 import signal
 import stat
@@ -15,6 +16,7 @@ from forvalue_callbacks.scores.cache import save_state
 from forvalue_callbacks.scores.files import make_folder, remove_leftovers, whole_file, whole_folder
 from forvalue_callbacks.scores.pairs import PairsFile
 from forvalue_callbacks.scores.writer import ScoreWriter
+from helpers.attacks import befalling
 
 WRITES = """
 import sys, time
@@ -140,6 +142,26 @@ def test_a_folder_appears_whole_in_the_place_of_whatever_is_there_or_not_at_all(
         assert names(tmp_path) == ["elsewhere", "file", "link", "new"]
         assert str(raised.value) in (f"[Errno 28] No space left on device: '{tmp_path}/new'", "")
     assert names(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize("how", [whole_file, whole_folder])
+def test_what_was_there_is_whole_whatever_befalls_between_two_changes(tmp_path, how):
+    """An error or Ctrl-C before any of them, the replacing of the old folder among them."""
+
+    def write(text):
+        with how(tmp_path / "a") as new:
+            (new if how is whole_file else new / "b").write_text(text)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for at in range(1, 20):
+        write("old")
+        with contextlib.suppress(KeyboardInterrupt), befalling(tmp_path, at, stop) as changes:
+            write("new")
+        found = {path.name: path.read_text() for path in tmp_path.glob("a" if how is whole_file else "a/*")}
+        assert found in ({path: text} for path in ("a", "b") for text in ("old", "new")), changes
+    assert len(changes) < at, "each of them was stopped once"
 
 
 @pytest.mark.parametrize("write", [whole_file, whole_folder])

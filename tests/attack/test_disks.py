@@ -142,11 +142,11 @@ def interrupted(event, path):
 @pytest.mark.parametrize("what", WORK)
 def test_what_befalls_at_any_moment(what, befalls, expected, folder, capsys):
     """The disk is full for a moment, Ctrl-C, the folder goes: old files are whole, and done again it is as if nothing
-    had been. ATTACK=20 does so twenty times."""
+    had been. ATTACK=20 does so ten times."""
     old, new, n_changes = expected(what)
     happens = {"full": full, "interrupted": interrupted, "removed": lambda *_: shutil.rmtree(folder)}[befalls]
     draw = random.Random(f"{what} {befalls}")
-    for at in draw.sample(range(1, n_changes + 1), 20 if IS_LONG else 1):
+    for at in draw.sample(range(1, n_changes + 1), 10 if IS_LONG else 1):
         lay(old, folder)
         capsys.readouterr()
         try:
@@ -178,7 +178,7 @@ def test_a_full_disk(what, expected, folder, capsys):
         if small is None:
             pytest.skip("only root may have a disk of its own; tests/test_store.py limits the size of files instead")
         old, new, _ = expected(what)
-        rooms, failed = range(0, 120_000, 4096), 0
+        rooms, failed = range(0, 120_000, 8192), 0
         for room in rooms if IS_LONG else random.Random(what).sample(rooms, 1):
             lay(old, folder)
             ballast = fill(folder, room)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import signal
@@ -33,8 +34,7 @@ def befalling(folder, at, what):
             if len(changes) == at:
                 what(event, path)
 
-    if not _watched:
-        sys.addaudithook(_hook)  # there is no way to take one away
+    _watch()
     _watched.append(note)
     try:
         yield changes
@@ -42,11 +42,17 @@ def befalling(folder, at, what):
         _watched.remove(note)
 
 
-def _hook(event, args):
-    reads = event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
-    if event in CHANGES and not reads:
-        for note in list(_watched):
-            note(event, os.path.abspath(str(args[0])))
+@functools.cache
+def _watch():
+    """Once in a process: there is no way to take a hook away."""
+
+    def hook(event, args):
+        reads = event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        if event in CHANGES and not reads:
+            for note in list(_watched):
+                note(event, os.path.abspath(str(args[0])))
+
+    sys.addaudithook(hook)
 
 
 class Child:
