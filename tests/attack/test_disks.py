@@ -196,6 +196,19 @@ def test_a_full_disk(what, expected, folder, capsys):
         assert failed or not IS_LONG
 
 
+def test_no_room_for_temporary_files_is_an_error_that_names_their_folder(folder, monkeypatch, capsys):
+    small = folder.parent / "small"
+    with disk(small, 2**16) as there:
+        if there is None:
+            pytest.skip("only root may have a disk of its own")
+        fill(small, 0)
+        monkeypatch.setattr("tempfile.tempdir", str(small))
+        with pytest.raises(CommandError):
+            select(folder)
+        assert "No space left on device" in (said := capsys.readouterr().err)
+        assert str(small) in said
+
+
 # ---- folders that nobody may write to, and other things in the place of files ----
 
 
@@ -383,6 +396,14 @@ def test_two_processes_at_once_never_mix_what_they_write(tmp_path):
     assert found.keys() == AT_ONCE.keys()
     assert sum(one["refused"] for one in found.values())
     assert found["cache"]["refused"] == 0
+
+
+@pytest.mark.skipif(not IS_LONG, reason="a round of it takes minutes: ATTACK=20")
+def test_a_soak_ends_with_nothing_wrong():
+    script = Path(__file__).with_name("soak.py")
+    done = subprocess.run([sys.executable, str(script), "--minutes", "0.1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "'wrong': 0" in done.stdout.splitlines()[-1]
 
 
 if __name__ == "__main__":
