@@ -127,7 +127,9 @@ def killed(name, n_kills, root):
     child = start()
     assert child.wait() == 0
     seconds, n_changes, whole = time.monotonic() - began, child.n_changes, contents(folder)
-    assert not [file for file in whole if ".part" in file or ".forvalue-" in file or file.endswith(".lock")], whole
+    assert not [file for file in whole if ".part" in file or ".forvalue-" in file or file.endswith(".lock")], sorted(
+        whole
+    )
     n_windows, n, ended = len(windows()), 0, 0
     begin_anew()
     while n < n_kills or ended == 0 or folder.exists():
