@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ def alone(out: str) -> Iterator[None]:
     held = open_locked(lock)
     if held is None:
         raise DataError(f"another process is writing {out}: wait until it has ended, or give another file.")
-    try:
+    with ExitStack() as stack:
+        stack.callback(release, held)
+        stack.callback(lock.unlink, missing_ok=True)  # while it is held, so that it is nobody else's
         yield
-    finally:
-        lock.unlink(missing_ok=True)  # while it is held, so that it is nobody else's
-        release(held)
 
 
 def write_rows(

@@ -197,10 +197,12 @@ class ScoreWriter:
     def close(self) -> None:
         """Lets go of the folder. What has been written stays, unless the folder is a temporary one."""
         if self._held is not None:
-            with contextlib.suppress(OSError):
-                (self.folder / LOCK).unlink()  # while it is held, so that it is nobody else's
-            release(self._held)
-            self._held = None
+            held, self._held = self._held, None
+            try:
+                with contextlib.suppress(OSError):
+                    (self.folder / LOCK).unlink()  # while it is held, so that it is nobody else's
+            finally:
+                release(held)
         if self._is_temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
 
