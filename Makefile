@@ -1,11 +1,12 @@
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 PYTHON ?= python3
+MINUTES ?= 120
 RUN := $(VENV)/bin/python
 # The models are tiny: processes side by side, one thread each.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test test-oldest attack beside clean
+.PHONY: demo test test-oldest attack soak beside clean
 
 demo: $(VENV)/.installed
 	$(RUN) recipes/demo.py
@@ -23,7 +24,11 @@ test-oldest: $(OLDEST)/.installed
 
 # The attacks of the suite at length.
 attack: $(VENV)/.installed
-	ATTACK=60 FORVALUE_KILLS=20 OMP_NUM_THREADS=1 $(RUN) $(PYTEST) tests/attack tests/test_cli_state.py
+	ATTACK=60 OMP_NUM_THREADS=1 $(RUN) $(PYTEST) tests/attack
+
+# A command on one core, killed and on full disks at random.
+soak: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(RUN) tests/attack/soak.py --minutes $(MINUTES)
 
 # What would be installed beside other frameworks.
 beside: $(VENV)/.installed

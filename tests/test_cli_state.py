@@ -2,16 +2,11 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from forvalue_callbacks import ForValueScores
-from forvalue_callbacks.cli import main
 from helpers.cli import FAST, N, failed, files, pairs, rows_of, select, write
 
 
@@ -113,45 +108,6 @@ def test_a_full_disk_leaves_no_half_of_a_file(monkeypatch, capsys):
     assert not [path for path in Path().iterdir() if path.name.startswith(".forvalue-")]
     assert select(*arguments) == 0
     assert "with the scores made before" in capsys.readouterr().out
-
-
-SMALL_WINDOWS = (
-    "import sys; import forvalue_callbacks.data.reader as reader; reader.WINDOW = 8\n"
-    "from forvalue_callbacks.cli import main; sys.exit(main())"
-)
-# FORVALUE_KILLS=20 is what was done once; each costs the start of a process.
-KILLS = int(os.environ.get("FORVALUE_KILLS", "2"))
-
-
-@pytest.mark.usefixtures("windows")
-def test_a_killed_run_goes_on_and_ends_bit_for_bit_alike():
-    """Killed as soon as one more part, or one more file of the result, is there."""
-    arguments = ["select", *files(n=48), *FAST, "--out"]
-    assert main([*arguments, "whole.jsonl"]) == 0
-    killed = 0
-    for attempt in range(KILLS):
-        there = n_files()
-        command = [sys.executable, "-c", SMALL_WINDOWS, *arguments, "kept.jsonl"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            if n_files() > there + attempt % 3 and Path("kept.scores.parquet.parts").exists():
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
-        if Path("kept.jsonl").exists():  # done: from the start again
-            for path in Path().glob("kept*"):
-                path.unlink()
-    assert killed
-    assert main([*arguments, "kept.jsonl"]) == 0
-    for name in (".jsonl", ".dropped.jsonl", ".dropped.reasons.jsonl", ".scores.parquet"):
-        assert Path(f"kept{name}").read_bytes() == Path(f"whole{name}").read_bytes(), name
-    assert not Path("kept.scores.parquet.parts").exists()
-
-
-def n_files():
-    return len([*Path().rglob("kept*"), *Path().rglob("part-*")])
 
 
 @pytest.mark.usefixtures("windows")

@@ -1,5 +1,6 @@
 """Files: whole or not at all, and what killed runs have left goes."""
 
+import contextlib
 import os
 import signal
 import stat
@@ -12,9 +13,10 @@ import pytest
 
 from forvalue_callbacks.scores import ForValueScores, files
 from forvalue_callbacks.scores.cache import save_state
-from forvalue_callbacks.scores.files import make_folder, remove_leftovers, whole_file
+from forvalue_callbacks.scores.files import make_folder, remove_leftovers, whole_file, whole_folder
 from forvalue_callbacks.scores.pairs import PairsFile
 from forvalue_callbacks.scores.writer import ScoreWriter
+from helpers.attacks import befalling
 
 WRITES = """
 import sys, time
@@ -100,19 +102,73 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
     assert (tmp_path / "b").read_text() == "whole"
 
 
+def write_folder(path, error=None):
+    with whole_folder(path) as folder:
+        (folder / "below").mkdir()
+        remove_leftovers(path.parent)  # as another process does meanwhile
+        (folder / "below" / "a").write_text("new" if error is None else "newer")
+        if error is not None:
+            raise error
+
+
 @pytest.mark.parametrize(
     "write",
     [
         lambda folder: ScoreWriter(folder, {}, {}).close(),
         lambda folder: PairsFile(folder / "pairs.npy", 1, 1, {}).close(),
+        lambda folder: write_folder(folder / "saved"),
         lambda folder: ForValueScores([], [], [], []).save(folder / "scores.parquet"),
         lambda folder: save_state(folder / "state.safetensors", {"a": np.zeros(1)}),
     ],
 )
 def test_whatever_writes_removes_what_a_killed_run_left(tmp_path, write):
     (tmp_path / f".forvalue-{'0' * 32}").touch()
+    (tmp_path / f".forvalue-{'1' * 32}" / "below").mkdir(parents=True)
     write(tmp_path)
     assert [name for name in names(tmp_path) if name.startswith(".")] == []
+
+
+def test_a_folder_appears_whole_in_the_place_of_whatever_is_there_or_not_at_all(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "file").touch()
+    for name in ("new", "new", "link", "file"):
+        write_folder(tmp_path / name)
+        assert (tmp_path / name / "below" / "a").read_text() == "new"
+    for error in (OSError(28, "x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as raised:
+            write_folder(tmp_path / "new", error)
+        assert (tmp_path / "new" / "below" / "a").read_text() == "new"
+        assert names(tmp_path) == ["elsewhere", "file", "link", "new"]
+        assert str(raised.value) in (f"[Errno 28] No space left on device: '{tmp_path}/new'", "")
+    assert names(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize("how", [whole_file, whole_folder])
+def test_what_was_there_is_whole_whatever_befalls_between_two_changes(tmp_path, how):
+    """An error or Ctrl-C before any of them, the replacing of the old folder among them."""
+
+    def write(text):
+        with how(tmp_path / "a") as new:
+            (new if how is whole_file else new / "b").write_text(text)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for at in range(1, 20):
+        write("old")
+        with contextlib.suppress(KeyboardInterrupt), befalling(tmp_path, at, stop) as changes:
+            write("new")
+        found = {path.name: path.read_text() for path in tmp_path.glob("a" if how is whole_file else "a/*")}
+        assert found in ({path: text} for path in ("a", "b") for text in ("old", "new")), changes
+    assert len(changes) < at, "each of them was stopped once"
+
+
+@pytest.mark.parametrize("write", [whole_file, whole_folder])
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path, write):
+    file = tmp_path / "gone" / "a"
+    with pytest.raises(OSError, match=f"No such file or directory: '{file}'"), write(file):
+        pass
 
 
 def test_a_link_under_one_of_our_names_is_not_followed(tmp_path):

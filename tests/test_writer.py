@@ -18,7 +18,6 @@ from forvalue_callbacks.scores.writer import ScoreWriter
 PROVENANCE = {"weights": "w1", "validation": "v1", "config": "c1"}
 SETTINGS = {"method": "gradient", "row_config": {"max_length": 512}}
 WINDOW = 8
-KILLS = int(os.environ.get("KILLS", "6"))
 
 # The rows of a data set scored window by window, as a scorer does it; a process of its own, so that it can be killed.
 SCORES = """
@@ -451,7 +450,7 @@ def test_a_full_disk_is_an_error_that_names_the_rows_and_keeps_what_is_there(tmp
 
 def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_the_same(tmp_path):
     """Each run writes some parts more and is killed while it writes the next one, somewhere."""
-    n_kills, n_parts = KILLS, 12 * KILLS
+    n_kills, n_parts = 6, 72
     with start_scoring(tmp_path / "undisturbed", tmp_path / "expected.parquet", 2 * n_parts) as process:
         assert process.communicate() == ("0\n", "")
     draw, run, ends = random.Random(0), tmp_path / "run", []

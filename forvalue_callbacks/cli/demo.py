@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import ForValueConfig
+from ..scores.files import whole_file
 from ..tiny import TINY_MODEL, instructions
 from .options import ScoringOptions, SelectOptions, parse
 from .select import run_select
@@ -35,7 +36,8 @@ def demo(argv: Sequence[str]) -> None:
     for name, rows in sides.items():
         chosen = rows.select_columns(["prompt", "completion"])
         text = "".join(json.dumps(row) + "\n" for row in chosen)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        with whole_file(folder / f"{name}.jsonl") as file:
+            file.write_text(text, encoding="utf-8")
     given = ScoringOptions(
         str(folder / "train.jsonl"),
         str(TINY_MODEL),

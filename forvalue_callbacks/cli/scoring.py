@@ -22,6 +22,7 @@ from ..scores.writer import parts_folder, read_manifest, remove_parts
 from .inputs import TAKEN, TRUSTED, Inputs, open_rows, open_scorer
 from .options import ScoringOptions, parse, run_file, warn, write_run
 from .to_read import refuse_without_trust
+from .writing import alone
 
 NAMED = 100  # groups of rows that are there twice, and rows of each, that are kept with the scores
 
@@ -37,15 +38,17 @@ def score(argv: Sequence[str]) -> None:
     """The command."""
     options, config = parse("score", (ScoringOptions, ForValueConfig), argv, MORE)
     inputs = open_rows(options, config.method)
-    refuse_place(options.out, options)
+    for out in (options.out, run_file(options.out)):
+        refuse_place(out, options)
     if options.dry_run:
         say_estimate(options, config, inputs)
         return
     scorer = open_scorer(options, config, inputs)
     refuse_without_trust(scorer, inputs, options)
-    run = write_run("score", options.out, options, config)
-    found = look_for_duplicates(scorer, inputs)
-    scores, _ = scored(scorer, inputs, found, Path(options.out), options.overwrite)
+    with alone(options.out):
+        run = write_run("score", options.out, options, config)
+        found = look_for_duplicates(scorer, inputs)
+        scores, _ = scored(scorer, inputs, found, Path(options.out), options.overwrite)
     print(scores.summary())
     print("\n".join(scores.metadata["duplicates"]["lines"]))
     print(f"scores      {options.out}\nrun         {run}")
@@ -129,11 +132,12 @@ def _found(scorer: ForValueScorer, inputs: Inputs, path: Path) -> ForValueScores
     return scores
 
 
-def refuse_place(out: str | Path, options: ScoringOptions, *, ours: bool = True) -> None:
-    """Raises DataError where a file that is to be written is one that is read, or somebody else's.
+def refuse_place(out: str | Path, options: ScoringOptions, *, ours: bool = True, is_folder: bool = False) -> None:
+    """Raises DataError where a file that is to be written is one that is read, a folder, or somebody else's.
 
     Args:
         ours: a file that is there is looked at later.
+        is_folder: a folder of `save_to_disk` is to be written.
     """
     path = Path(out)
     if not options.dry_run:
@@ -141,5 +145,9 @@ def refuse_place(out: str | Path, options: ScoringOptions, *, ours: bool = True)
     for name in (options.data, options.validation):
         if name is not None and path.exists() and Path(name).exists() and path.samefile(name):
             raise DataError(f"{out} is what is read: give another file to write.")
+    if path.is_dir() and not is_folder:
+        raise DataError(f"{out} is a folder, and a file of that name is to be written: give another, or move it away.")
+    if path.is_dir() and any(path.iterdir()) and not (path / "dataset_info.json").is_file():
+        raise DataError(f"{out} is a folder of something else than rows, and stays: give another.")
     if not ours and path.exists() and not options.overwrite and not run_file(options.out).is_file():
         raise DataError(f"{out} is there, and no run of forvalue is beside it: give another, or --overwrite true.")

@@ -24,10 +24,10 @@ from ..trainer.page import explained
 from ..trainer.refusals import refuse_policy
 from .inputs import Inputs, open_rows, open_scorer
 from .look import findings
-from .options import ScoringOptions, SelectOptions, beside, parse, typed, write_run
+from .options import ScoringOptions, SelectOptions, beside, parse, run_file, typed, write_run
 from .scoring import look_for_duplicates, refuse_place, say_estimate, scored
 from .to_read import refuse_without_trust
-from .writing import write_rows
+from .writing import alone, write_rows
 
 MORE = """
 Kept and dropped rows are written in the form they came in and in their order: lines of JSONL, records of CSV and
@@ -90,6 +90,18 @@ def run_select(options: ScoringOptions, choice: SelectOptions, config: ForValueC
     if options.dry_run:
         say_estimate(options, config, inputs)
         return [], []
+    with alone(options.out):
+        return _selected(options, choice, config, policy, inputs, outputs)
+
+
+def _selected(
+    options: ScoringOptions,
+    choice: SelectOptions,
+    config: ForValueConfig,
+    policy: Policy,
+    inputs: Inputs,
+    outputs: Outputs,
+) -> tuple[list[int], list[int]]:
     scorer = open_scorer(options, config, inputs)
     refuse_without_trust(scorer, inputs, options)
     run = write_run("select", options.out, options, choice, config)
@@ -193,10 +205,10 @@ def _refuse_outputs(source: Source, options: ScoringOptions, outputs: Outputs) -
         if out.suffix != source.suffix if source.suffix else out.suffix in KINDS:
             wanted = f"a name that ends in {source.suffix}" if source.suffix else "a folder, or a name in .parquet"
             raise DataError(f"{out}: rows are written in the form they came in ({source.kind}): give {wanted}.")
-        refuse_place(out, options, ours=False)
+        refuse_place(out, options, ours=False, is_folder=not source.suffix)
     if outputs.kept.absolute() == outputs.dropped.absolute():
         raise DataError(f"{outputs.dropped} is where the kept rows go: give another file for the dropped ones.")
-    for other in filter(None, (outputs.scores, outputs.report)):
+    for other in filter(None, (outputs.reasons, outputs.scores, outputs.report, run_file(options.out))):
         refuse_place(other, options)
     if outputs.card is not None and outputs.card.exists() and not is_card(outputs.card):
         raise DataError(f"{outputs.card} is no card of forvalue and stays: give --out a folder of its own.")

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..data.files import Source
-from ..scores.files import whole_file
+from ..data.files import DataError, Source
+from ..scores.files import open_locked, release, whole_file, whole_folder
+from .options import beside
+
+
+@contextmanager
+def alone(out: str) -> Iterator[None]:
+    """While what belongs to a result is written: two runs at once would leave the kept rows of one beside the dropped
+    rows of the other.
+
+    Raises:
+        DataError: another process is at it.
+    """
+    lock = beside(out, "run", ".lock")
+    held = open_locked(lock)
+    if held is None:
+        raise DataError(f"another process is writing {out}: wait until it has ended, or give another file.")
+    with ExitStack() as stack:
+        stack.callback(release, held)
+        stack.callback(lock.unlink, missing_ok=True)  # while it is held, so that it is nobody else's
+        yield
 
 
 def write_rows(
     source: Source, path: Path, rows: Sequence[int], changed: Mapping[int, Mapping[str, Any]] | None = None
 ) -> None:
     """Writes some rows as they came, all or nothing."""
-    if source.suffix:
-        with whole_file(path) as file:
-            source.write(file, rows, changed)
-        return
-    new = path.with_name(f".{path.name}.forvalue")
-    shutil.rmtree(new, ignore_errors=True)
-    source.write(new, rows, changed)
-    shutil.rmtree(path, ignore_errors=True)
-    new.rename(path)
+    with (whole_file if source.suffix else whole_folder)(path) as new:
+        source.write(new, rows, changed)

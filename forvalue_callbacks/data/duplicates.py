@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
@@ -111,7 +112,7 @@ def find_duplicates(train: Iterable[Sample], validation: Iterable[Sample] = ()) 
     In memory are a signature and a few numbers a row (about 0.5 kB), and the tokens lie in a temporary file: a million
     rows are fine. Rows that a collator made (images) are compared exactly alone.
     """
-    with tempfile.TemporaryFile() as file:
+    with _temporary_file() as file:
         rows = _Rows(file)
         n = rows.add(validation)
         n_train = rows.add(train)
@@ -138,6 +139,19 @@ def find_duplicates(train: Iterable[Sample], validation: Iterable[Sample] = ()) 
         leaked_near=sorted(leaked_near),
         validation=sorted(sorted(row for first in group for row in sides[0][first]) for group in inside),
     )
+
+
+@contextmanager
+def _temporary_file() -> Iterator[IO[bytes]]:
+    """Where there is no room for it, the error says in which folder."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            yield file
+    except OSError as error:
+        if error.filename is not None or error.errno is None:  # of the rows that are read
+            raise
+        why = f"{error.strerror} for temporary files (TMPDIR chooses another folder)"
+        raise OSError(error.errno, why, tempfile.gettempdir()) from error
 
 
 class _Rows:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from .files import remove_leftovers, whole_file
+from .files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ def save_state(file: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -
     path = Path(file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
         with whole_file(path) as temporary:
             # Not save_file, which puts a file of its own, readable by its owner only, in the place of this one.
             temporary.write_bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}))

@@ -32,39 +32,75 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file in the folder of `path` to write to, which gets that name when all went well.
 
     Its bytes are on the disk before it is renamed. A symbolic link at `path` is replaced, what it leads to stays. When
-    anything goes wrong, the temporary file goes and what was at `path` stays.
+    anything goes wrong, the temporary file goes and what was at `path` stays. What killed runs have left in the folder
+    goes first.
 
     Raises:
-        OSError: the folder cannot be written to, or a folder is in the file's place.
+        OSError: the folder cannot be written to, or a folder is in the file's place; the message names `path`.
     """
     path = Path(path)
-    temporary, held = _temporary(path.parent)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_named(path))
+        remove_leftovers(path.parent)
+        temporary, held = _temporary(path.parent)
         stack.callback(temporary.unlink, missing_ok=True)
         closing = stack.enter_context(contextlib.ExitStack())
         closing.callback(os.close, held)
+        yield temporary
+        sync(temporary)
+        if fcntl is None:  # Windows renames no file that is open
+            closing.close()
+        os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The same for a folder, which is empty at first. What was at `path`, file, link or folder, goes when all went
+    well.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_named(path))
+        remove_leftovers(path.parent)
+        temporary, held = _locked_folder(path.parent)
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        if held is not None:
+            stack.callback(os.close, held)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync(file)
+        if path.is_dir() and not path.is_symlink():  # no system call replaces a folder that is not empty
+            old = path.with_name(_temporary_name())
+            path.rename(old)
+            stack.callback(shutil.rmtree, old, ignore_errors=True)
+        else:
+            old = None
+            path.unlink(missing_ok=True)
         try:
-            yield temporary
-            sync(temporary)
-            if fcntl is None:  # Windows renames no file that is open
-                closing.close()
-            os.replace(temporary, path)
-        except OSError as error:
-            why = os.strerror(error.errno) if error.errno else str(error)
-            raise OSError(error.errno, why, str(path)) from error  # a full disk does not say of which file
+            temporary.rename(path)
+        except BaseException:
+            if old is not None:
+                old.rename(path)
+            raise
     sync_folder(path.parent)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Removes the temporary files in a folder that `whole_file` of a killed run has left there."""
-    for file in Path(folder).iterdir():
-        if TEMPORARY.fullmatch(file.name):
+    """Removes what `whole_file` and `whole_folder` of a killed run have left in a folder."""
+    for left in Path(folder).iterdir():
+        if TEMPORARY.fullmatch(left.name):
             with contextlib.suppress(OSError):  # gone since, or another user's
-                held = os.open(file, os.O_RDWR | _NO_LINKS)
+                is_folder = left.is_dir()
+                held = os.open(left, (os.O_RDONLY if is_folder else os.O_RDWR) | _NO_LINKS)
                 try:
                     locked = lock(held)
                     if locked is True or (locked is None and time.time() - os.fstat(held).st_mtime > DAY):
-                        file.unlink()
+                        shutil.rmtree(left) if is_folder else left.unlink()
                 finally:
                     os.close(held)
 
@@ -77,15 +113,16 @@ def temporary_folder(lock_name: str) -> tuple[Path, int]:
     parent = Path(tempfile.gettempdir())
     for folder in parent.iterdir() if fcntl else ():
         if TEMPORARY_FOLDER.fullmatch(folder.name):
-            with contextlib.suppress(OSError):  # gone since, or another user's
-                held = os.open(folder / lock_name, os.O_RDWR | _NO_LINKS)
-                if lock(held) and folder.lstat().st_uid == os.getuid():
+            with contextlib.suppress(OSError):  # gone since
+                if folder.lstat().st_uid == os.getuid() and (held := open_locked(folder / lock_name)) is not None:
                     shutil.rmtree(folder, ignore_errors=True)
-                os.close(held)
-    new = Path(tempfile.mkdtemp(prefix="forvalue-"))
-    new_lock = open_locked(new / lock_name)
-    assert new_lock is not None, "nobody else knows of it"
-    return new.rename(parent / f"forvalue-{secrets.token_hex(16)}"), new_lock  # locked before it has such a name
+                    os.close(held)
+    while True:
+        new = parent / f"forvalue-{secrets.token_hex(16)}"
+        new.mkdir(mode=0o700)
+        with contextlib.suppress(FileNotFoundError):  # taken for a leftover in the moment before it was locked
+            if (held := open_locked(new / lock_name)) is not None:
+                return new, held
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -165,10 +202,39 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
             os.close(opened)
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error names the file that was to be written: a full disk does not, nor does one of a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(error.errno, why, str(path)) from error
+
+
 def _temporary(folder: Path) -> tuple[Path, int]:
-    """A new file that is locked, under a name that nobody can guess, with the permissions of any new file."""
+    """A new file that is locked, with the permissions of any new file."""
     while True:
-        path = folder / f".forvalue-{secrets.token_hex(16)}"
+        path = folder / _temporary_name()
         held = open_locked(path, os.O_EXCL)
         if held is not None:  # None: taken for a leftover in the moment before it was locked
             return path, held
+
+
+def _locked_folder(folder: Path) -> tuple[Path, int | None]:
+    """The same for a folder; None on Windows, which opens none."""
+    while True:
+        path = folder / _temporary_name()
+        path.mkdir()
+        if fcntl is None:
+            return path, None
+        with contextlib.suppress(FileNotFoundError):
+            held = os.open(path, os.O_RDONLY)
+            if lock(held) is not False and path.is_dir():
+                return path, held
+            os.close(held)
+
+
+def _temporary_name() -> str:
+    """One that nobody can guess."""
+    return f".forvalue-{secrets.token_hex(16)}"

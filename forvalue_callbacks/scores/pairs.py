@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .files import make_folder, open_locked, release, remove_leftovers, sync_folder, whole_file
+from .files import make_folder, open_locked, release, sync_folder, whole_file
 from .parts import hash_digests
 from .provenance import as_json, differing
 
@@ -50,7 +50,6 @@ class PairsFile:
         if self.path.is_dir():
             raise ValueError(f"{self.path} is a folder, and the pairs go into a file of that name: choose another.")
         make_folder(self.path.parent)
-        remove_leftovers(self.path.parent)
         if self._partial.is_symlink():
             self._partial.unlink()
         held = open_locked(self._partial)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from .files import remove_leftovers, whole_file
+from .files import whole_file
 
 METADATA_KEY, FILE_KEY = b"forvalue_scores", b"forvalue_file"
 FORMAT = 1
@@ -23,10 +22,8 @@ INSTEAD = "give the file that it wrote (a run keeps forvalue_scores.parquet in i
 
 def write_table(path: str | os.PathLike[str], table: pa.Table, metadata: str) -> None:
     """Writes a table with the columns of `TYPES`, whole or not at all, and metadata in JSON."""
-    path = Path(path)
     about = {"format": FORMAT, "rows": len(table), "checksum": _checksum(table, metadata.encode())}
     table = table.replace_schema_metadata({METADATA_KEY: metadata, FILE_KEY: json.dumps(about)})
-    remove_leftovers(path.parent)
     with whole_file(path) as temporary:
         pq.write_table(table, temporary)
 

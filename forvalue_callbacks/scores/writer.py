@@ -89,7 +89,6 @@ class ScoreWriter:
             raise
 
     def _open(self, provenance: dict[str, Any], settings: dict[str, Any], anew: bool) -> None:
-        remove_leftovers(self.folder)
         found = read_manifest(self.folder)
         if anew:
             _remove_files(self.folder)
@@ -198,10 +197,12 @@ class ScoreWriter:
     def close(self) -> None:
         """Lets go of the folder. What has been written stays, unless the folder is a temporary one."""
         if self._held is not None:
-            with contextlib.suppress(OSError):
-                (self.folder / LOCK).unlink()  # while it is held, so that it is nobody else's
-            release(self._held)
-            self._held = None
+            held, self._held = self._held, None
+            try:
+                with contextlib.suppress(OSError):
+                    (self.folder / LOCK).unlink()  # while it is held, so that it is nobody else's
+            finally:
+                release(held)
         if self._is_temporary:
             shutil.rmtree(self.folder, ignore_errors=True)
 
