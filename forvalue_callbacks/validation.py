@@ -190,15 +190,18 @@ class ValidationSide:
             return
         if world()[1] > 1:
             self.provenance()  # compares the weights
-        with together("checking the model", self.run.sharded):
+        with together("checking the model", self.run.sharded) as work:
             file = self._file()
             if file is not None and world()[0] == 0 and not os.path.isdir(file.parent):
                 make_folder(file.parent)  # one that is there and cannot be written costs a warning, later
-            self._check_by(sorted(self.samples() or self.first, key=lambda row: abs(row.n_read - ENOUGH_TOKENS)))
+            rows = sorted(self.samples() or self.first, key=lambda row: abs(row.n_read - ENOUGH_TOKENS))
+            bad = set[int]().union(*work.exchange(self._check_by(rows)))
+        if bad and self.dataset is not None:
+            self._leave_out(NotFiniteError(OVERFLOW, bad))
         self._checked = True
 
-    def _check_by(self, rows: Sequence[Sample]) -> None:
-        """Runs the whole model over the first row over which it does not overflow; those before are left out."""
+    def _check_by(self, rows: Sequence[Sample]) -> list[int]:
+        """Runs the whole model over the first row over which it does not overflow; the places of those before."""
         bad: list[int] = []
         for row in rows:
             short = row.segments[0]
@@ -211,8 +214,7 @@ class ValidationSide:
                 bad.append(row.index)
                 if len(bad) == min(CHECKED_ROWS, len(rows)):
                     raise
-        if bad:
-            self._leave_out(NotFiniteError(OVERFLOW, bad))
+        return bad
 
     def _leave_out(self, error: NotFiniteError) -> None:
         """Goes on without validation rows over which the model overflows, and names them.

@@ -129,6 +129,13 @@ def test_a_training_row_that_overflows_gets_a_reason_and_moves_no_other(way):
     assert none is None or all("overflow" in reason for reason in none.reasons)
 
 
+def test_without_validation_rows_the_model_is_checked_on_another_row():
+    rows = rows_of(60, 2, 0.2)[0]
+    scores = score(with_embedding(math.inf), None, [BROKEN, *rows], ("label_model", "none"))
+    assert "overflow" in scores.reasons[0]
+    assert np.isfinite(scores.values[1:]).all()
+
+
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rows_that_overflow_in_half_precision_alone(dtype, way, caplog):
