@@ -14,7 +14,7 @@ from .. import core
 from ..core import Head
 from ..data.sample import Sample
 from ..model.positions import Columns, Positions, joined
-from ..model.ranks import together, world
+from ..model.ranks import answering, together, world
 from ..model.run import Run
 from ..progress import aside
 from .base import OVERFLOW, VALIDATION, Method, State, finite_positions, reasons_unless
@@ -98,8 +98,9 @@ def mean_gradient(
                 moment_DD.addmm_(hidden.T, hidden)
             n_positions += len(batch.target_T)
     if world()[1] > 1:
-        for tensor in (total_VD, moment_DD, n_positions):
-            torch.distributed.all_reduce(tensor)
+        with answering("adding up the gradients"):
+            for tensor in (total_VD, moment_DD, n_positions):
+                torch.distributed.all_reduce(tensor)
     total_VD /= len(validation)
     return total_VD, moment_DD / int(n_positions) if moment else None
 
