@@ -1,4 +1,4 @@
-"""Ranks of which one goes wrong, each time in processes of their own: `python -m helpers.broken_ranks FOLDER RANKS NAME ...`.
+"""Ranks of which one goes wrong: `python -m helpers.broken_ranks FOLDER RANKS NAME ...`, each in processes of its own.
 
 The processes of a scenario are forked from one that has everything imported, so that torch starts but once. They leave
 NAME-RANK.json; of one that was killed there is none.
@@ -97,14 +97,15 @@ PLACES = {
 }
 
 
-def spoil(place, fault, nth=1):
-    """From now on, in this process, the n-th call fails."""
+def spoil(place, fault, nth, note):
+    """From now on, in this process, the n-th call fails, at a time that goes into the file `note`."""
     owner, name = PLACES[place]
     function, calls = getattr(owner, name), []
 
     def spoiled(*args, **kwargs):
         calls.append(1)
         if len(calls) == nth:
+            note.write_text(str(time.time()))
             FAULTS[fault]()
         return function(*args, **kwargs)
 
@@ -174,14 +175,14 @@ def outcome(rank, n_ranks, folder, name, way, place=None, fault=None, nth=1, bad
     own.mkdir(exist_ok=True)
     is_bad = place is not None and rank == bad % n_ranks
     if is_bad:
-        spoil(place, fault, nth)
+        spoil(place, fault, nth, folder / f"{name}.fault")
     torch.distributed.barrier()
-    started, found = time.monotonic(), {"value": None, "error": None}
+    found = {"value": None, "error": None}
     try:
         found["value"] = way(own)
     except BaseException as error:  # SystemExit and KeyboardInterrupt too
         found["error"] = f"{type(error).__name__}: {error}"
-    found["seconds"] = time.monotonic() - started
+    found["ended"] = time.time()
     whole_file = folder / f"{name}-{rank}.json"
     whole_file.with_suffix(".part").write_text(json.dumps(found))
     whole_file.with_suffix(".part").rename(whole_file)
