@@ -62,7 +62,7 @@ def itself():
 
 
 def hostile():
-    chat, size = chats()[0], 2_000_000 * (50 if ATTACK > 1 else 1)
+    chat, size = chats()[0], 2_000_000 * min(ATTACK, 5)
     loops = "{% for i in range(10 ** 9) %}x{% endfor %}"
     for kwargs in (
         {"chat_template": loops},
@@ -250,8 +250,10 @@ def test_what_a_model_brings_is_not_run(what, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     folder = model_with(tmp_path, what)
     write("rows.jsonl", pairs(8, 0))
-    assert select("rows.jsonl", "--validation", "rows.jsonl", "--model", str(folder), "--out", "kept.jsonl") == 1
-    assert capfd.readouterr().err.count("forvalue: ") == 1
+    write("trusted.jsonl", pairs(8, 1))
+    assert select("rows.jsonl", "--validation", "trusted.jsonl", "--model", str(folder), "--out", "kept.jsonl") == 1
+    (said,) = re.findall("forvalue: .*", capfd.readouterr().err)
+    assert re.search(r"Weights only|remote code|weights_only|execute", said)
     with pytest.raises(Exception, match=r"Weights only|remote code|weights_only|execute"):
         ForValueTransform(str(folder), pairs(4, 1)).scorer()
     assert not Path("ran").exists()
