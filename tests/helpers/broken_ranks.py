@@ -54,7 +54,9 @@ def by_one_validation_row(folder):
 
 
 def train(folder):
-    trainer = make_trainer(folder, [ForValueCallback(VALIDATION)], train=TRAIN, max_steps=1)
+    trainer = make_trainer(
+        folder, [ForValueCallback(VALIDATION, config=ForValueConfig("gradient"))], train=TRAIN, max_steps=1
+    )
     trainer.train()
     return trainer.state.global_step
 
