@@ -55,7 +55,10 @@ def by_one_validation_row(folder):
 
 def train(folder):
     trainer = make_trainer(
-        folder, [ForValueCallback(VALIDATION, config=ForValueConfig("gradient"))], train=TRAIN, max_steps=1
+        folder,
+        [ForValueCallback(VALIDATION, config=ForValueConfig(max_tokens_per_batch=40))],
+        train=TRAIN,
+        max_steps=1,
     )
     trainer.train()
     return trainer.state.global_step
