@@ -134,7 +134,8 @@ class ForValueTransform:
         if rank not in self._scorers:
             model: Any = self._model
             if isinstance(model, (str, os.PathLike)):
-                model = _class_of(model, self._model_kwargs).from_pretrained(model, **self._model_kwargs)
+                options = {"trust_remote_code": False, **self._model_kwargs}  # or a terminal would be asked
+                model = _class_of(model, options).from_pretrained(model, **options)
                 accelerator = torch.accelerator.current_accelerator(check_available=True)
                 if rank is not None and accelerator is not None:
                     model = model.to(torch.device(accelerator.type, rank % torch.accelerator.device_count()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import islice
@@ -16,10 +16,11 @@ import torch
 from .config import ForValueConfig
 from .data.preference import is_preference
 from .data.reading import examples_of, kept
+from .data.reasons import NotFiniteError
 from .data.sample import Sample
 from .data.sft import RowConfig
 from .methods import METHODS, Method
-from .methods.base import State
+from .methods.base import OVERFLOW, State, named, warn_of_unscored
 from .methods.label_model import REPEATED, share_repeated
 from .model.backbone import left_as_found
 from .model.fingerprint import digest, hash_weights
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # A row to check a model on should have so many tokens that it can be seen whether they change what came before them.
 ENOUGH_TOKENS = 16
+# So many rows are tried at most before a model is said to overflow over all of them.
+CHECKED_ROWS = 8
 # Without validation rows so many of the rows to score say what they are like; so many are to be read by hand.
 FIRST_ROWS, WORTH_READING = 256, 300
 
@@ -71,7 +74,7 @@ class ValidationSide:
         self._method: Method | None = None
         self._provenance: dict[str, str] | None = None
         self._others: dict[str, ValidationSide] = {}
-        self._checked = False
+        self._checked, self._complete = False, True
 
     def under(self, name: str) -> ValidationSide:
         """The same rows as another method sees them, by its plain settings; itself where it is that method's."""
@@ -99,13 +102,10 @@ class ValidationSide:
                 return self._samples
             with together("reading the validation rows") as work:
                 rows = list(self.run.reader.samples(self.dataset))
-                bad = [f"row {row.index}: {row.reason}" for row in rows if row.reason is not None]
-                if bad:
-                    logger.warning(
-                        "%d of %d validation rows cannot be scored (%s)", len(bad), len(rows), "; ".join(bad[:3])
-                    )
+                bad = {row.index: row.reason for row in rows if row.reason is not None}
+                warn_of_unscored(bad, len(rows))
                 if len(bad) == len(rows):
-                    given = "; ".join(bad[:3]) or "none given"
+                    given = named(bad) or "none given"
                     name = self.run.backbone.name
                     raise ValueError(f"no validation row can be scored by {name} ({len(rows)} rows; {given}).")
                 refuse_other_rows(work.exchange([(row.digest, row.reason) for row in rows]), 0, "validation ")
@@ -190,17 +190,44 @@ class ValidationSide:
             return
         if world()[1] > 1:
             self.provenance()  # compares the weights
-        with together("checking the model", self.run.sharded):
+        with together("checking the model", self.run.sharded) as work:
             file = self._file()
             if file is not None and world()[0] == 0 and not os.path.isdir(file.parent):
                 make_folder(file.parent)  # one that is there and cannot be written costs a warning, later
-            short = min(self.samples() or self.first, key=lambda sample: abs(sample.n_read - ENOUGH_TOKENS)).segments[
-                0
-            ]
+            rows = sorted(self.samples() or self.first, key=lambda row: abs(row.n_read - ENOUGH_TOKENS))
+            bad = set[int]().union(*work.exchange(self._check_by(rows)))
+        if bad and self.dataset is not None:
+            self._leave_out(NotFiniteError(OVERFLOW, bad))
+        self._checked = True
+
+    def _check_by(self, rows: Sequence[Sample]) -> list[int]:
+        """Runs the whole model over the first row over which it does not overflow; the places of those before."""
+        bad: list[int] = []
+        for row in rows:
+            short = row.segments[0]
             inputs = collated([short])
             ids = inputs.get(self.run.backbone.ids_name)
-            self.run.backbone.check(inputs, predicted(short, ids) if isinstance(ids, torch.Tensor) else None)
-        self._checked = True
+            try:
+                self.run.backbone.check(inputs, predicted(short, ids) if isinstance(ids, torch.Tensor) else None)
+                break
+            except NotFiniteError:
+                bad.append(row.index)
+                if len(bad) == min(CHECKED_ROWS, len(rows)):
+                    raise
+        return bad
+
+    def _leave_out(self, error: NotFiniteError) -> None:
+        """Goes on without validation rows over which the model overflows, and names them.
+
+        Raises:
+            ValueError: there are no others.
+        """
+        self.provenance()  # scores are made of what was given
+        left = [row for row in self.samples() if row.index not in error.rows]
+        if not left:
+            raise ValueError(f"no validation row can be scored: {error}.") from error
+        warn_of_unscored({row: str(error) for row in error.rows}, self.n_rows)
+        self._samples, self._complete = left, False
 
     def state(self) -> State:
         """What the method makes of the rows, computed once, or found in `config.direction_cache`."""
@@ -214,13 +241,20 @@ class ValidationSide:
                 self.known = {name: torch.from_numpy(array).to(head.weight.device) for name, array in arrays.items()}
             else:
                 with left_as_found(self.run.backbone.model):
-                    samples = self.samples()
-                    self.known = (
-                        self.method.fit(self.run, samples) if samples else self.method.fit_alone(self.run, self.first)
-                    )
-                if file is not None and world()[0] == 0:
+                    self.known = self._fitted()
+                # Kept for others only with all rows, or nobody would be told again of those that are left out.
+                if file is not None and world()[0] == 0 and self._complete:
                     save_state(file, {name: tensor.cpu().numpy() for name, tensor in self.known.items()})
         return self.known
+
+    def _fitted(self) -> State:
+        method = self.method
+        while samples := self.samples():
+            try:
+                return method.fit(self.run, samples)
+            except NotFiniteError as error:
+                self._leave_out(error)
+        return method.fit_alone(self.run, self.first)
 
     def _file(self) -> Path | None:
         if self.config.direction_cache is None or self.method.needs_all_rows:

@@ -180,7 +180,7 @@ def _loaded(name: str, model: str, **options: Any) -> Any:
     import transformers
 
     try:
-        return getattr(transformers, name).from_pretrained(model, **options)
+        return getattr(transformers, name).from_pretrained(model, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         text = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(

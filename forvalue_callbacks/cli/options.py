@@ -13,7 +13,7 @@ from typing import Any
 import yaml  # comes with transformers
 from transformers import HfArgumentParser
 
-from ..data.sources import KINDS
+from ..data.sources import KINDS, refuse_unprintable
 from ..scores.files import whole_file
 from . import COMMANDS, EXIT_CODES
 
@@ -138,9 +138,14 @@ def parse(command: str, classes: Sequence[Any], argv: Sequence[str], more: str =
         given = [f"--{fields(classes[0])[0].name}", *given[:n], *given[n:]]
     _check_config(parser, given, known)
     try:
-        return tuple(parser.parse_args_and_config(given))
+        parsed = tuple(parser.parse_args_and_config(given))
     except ValueError as error:  # what a dataclass finds wrong
         parser.exit(2, f"forvalue {command}: {' '.join(str(error).split())}\n")
+    for options in parsed:
+        for name in (*PATHS, *MAY_BE_IDS):
+            value = getattr(options, name, None)
+            refuse_unprintable(value if isinstance(value, list) else [value])
+    return parsed
 
 
 class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

@@ -31,10 +31,20 @@ def auc(clean_N: np.ndarray, noisy_M: np.ndarray) -> float:
 
 
 def inverse_with_ridge(moment_DD: Tensor, ridge: float) -> Tensor:
-    """`(A + ridge * mean(diag A) * I)^-1` of a second moment A, by Cholesky in float64."""
+    """`(A + ridge * mean(diag A) * I)^-1` of a second moment A, by Cholesky in float64.
+
+    Raises:
+        ValueError: there is none, since A is 0 or not finite.
+    """
     moment_DD = moment_DD.double()
     eye = torch.eye(len(moment_DD), dtype=torch.float64, device=moment_DD.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(moment_DD + ridge * moment_DD.diagonal().mean() * eye))
+    root_DD, failed = torch.linalg.cholesky_ex(moment_DD + ridge * moment_DD.diagonal().mean() * eye)
+    if failed:
+        raise ValueError(
+            "the hidden states of the validation rows are all 0, or too large for numbers: they tell nothing apart. "
+            "Look at the model's weights."
+        )
+    return torch.cholesky_inverse(root_DD)
 
 
 def power_of_moment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from traceback import walk_tb
 
@@ -14,6 +15,18 @@ class UnscorableError(Exception):
 
 class SetUpError(UnscorableError):
     """A reason that is one of the whole data set where all its rows have such."""
+
+
+class NotFiniteError(ValueError):
+    """Rows of which the model's hidden states or logits are not finite.
+
+    Args:
+        rows: their places; none: it was said of one row alone.
+    """
+
+    def __init__(self, text: str, rows: Iterable[int] = ()):
+        super().__init__(text)
+        self.rows = sorted(rows)
 
 
 def printable(reason: str) -> str:

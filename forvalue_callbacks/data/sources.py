@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .files import BOM, Csv, DataError, JsonArray, JsonLines, Source
@@ -37,6 +37,13 @@ def read(name: str, split: str = "train") -> Source:
     return source
 
 
+def refuse_unprintable(names: Iterable[str | None]) -> None:
+    """Raises DataError for a name that would do more on a terminal than be read, or be another than it seems."""
+    for name in names:
+        if name is not None and not name.isprintable():
+            raise DataError(f"{name!r} has control characters or others that cannot be printed: rename it.")
+
+
 def _of_folder(name: str, path: Path, split: str) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         from datasets import load_from_disk
@@ -48,6 +55,7 @@ def _of_folder(name: str, path: Path, split: str) -> Source:
             rows = rows[split]
         return OfDatasets(name, "a saved data set", rows)
     files = sorted(file for file in path.iterdir() if file.suffix in KINDS)
+    refuse_unprintable(file.name for file in files)
     kinds = sorted({file.suffix for file in files})
     if len(kinds) != 1:
         found = f"files of several kinds ({', '.join(kinds)})" if kinds else f"no files that end in {', '.join(KINDS)}"

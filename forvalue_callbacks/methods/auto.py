@@ -26,7 +26,19 @@ from ..model.run import Run
 from ..progress import Pass, Plan, aside
 from ..scores.judgements import Judgements
 from ..scores.noise import USEFUL_AUC, NoiseEstimate
-from .base import LOG_ODDS, ROWS, VALIDATION, Found, Method, State, mean_tokens, measured
+from .base import (
+    LOG_ODDS,
+    NOT_FINITE,
+    ROWS,
+    VALIDATION,
+    Found,
+    Method,
+    State,
+    finite_positions,
+    mean_tokens,
+    measured,
+    warn_of_unscored,
+)
 from .label_model import REPEATED, LabelModel, share_repeated, warn_of_validation
 from .measures import Half, Reference, answers_alone, leading, n_grams, whole_rows
 from .weighing import Weighing, fold_of
@@ -89,8 +101,8 @@ class Auto(Method):
         halves, kept = [], []
         with together("scoring the validation rows", run.sharded):
             for rows, name in zip(places, HALVES, strict=True):
-                positions = run.positions([validation[int(i)] for i in rows], self, name, all_ranks=True)
-                kept.append(list(positions))
+                here = [validation[int(i)] for i in rows]
+                kept.append(list(finite_positions(run, here, self, name, all_ranks=True)))
                 halves.append(Half.of(head, concatenate(kept[-1]), WHITENING_RIDGE))
         frequency: list[Counter[tuple[int, ...]]] = [Counter(), Counter()]
         for sample, h in zip(validation, half, strict=True):
@@ -230,6 +242,8 @@ def _clean(
         why = reasons[0] or f"not their {ALONE}"
         raise ValueError(f"{VALIDATION}: none of {len(reasons)} can be scored ({why}).")
     scored = scored[good]
+    left = [validation[int(i)].index for i in np.delete(np.arange(len(validation)), scored)]
+    warn_of_unscored({i: reasons[at[i]] or NOT_FINITE for i in left}, len(reasons))
     columns = {name: values[place[good]] for name, values in columns.items()}
     return {**columns, **alone.by_the_other_half(scored, half[scored]), "index": scored}
 

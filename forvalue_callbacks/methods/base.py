@@ -5,6 +5,7 @@ To add one: a class here beside the others, a line in `METHODS`, and a test that
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +15,18 @@ import numpy as np
 from torch import Tensor
 
 from ..core import Head
+from ..data.reasons import NotFiniteError
 from ..data.sample import Sample, Segment
 from ..model.positions import Columns, Positions
+from ..model.ranks import of_all_ranks
 from ..model.run import Run, Window
-from ..progress import Pass, Plan
+from ..progress import Pass, Plan, aside
 from ..scores.judgements import Judgements
 from ..scores.noise import NoiseEstimate
 from ..scores.scores import ForValueScores
 from ..scores.writer import ScoreWriter
+
+logger = logging.getLogger(__name__)
 
 NATS, LOG_ODDS = "nats", "log odds"
 OVERFLOW = "hidden states or logits overflow; try forward_dtype='bfloat16' or float32 weights"
@@ -81,18 +86,51 @@ def found_in(window: Window) -> Columns:
     return {**found, **{name: values[good] for name, values in window.columns.items()}}
 
 
-def measured(run: Run, method: Method, state: State, samples: Iterable[Any], name: str) -> Columns:
+def finite_positions(
+    run: Run, validation: Sequence[Sample], method: Method, name: str, *, all_ranks: bool = False
+) -> Iterator[Positions]:
+    """Forward passes over validation rows, `Run.positions`.
+
+    Raises:
+        NotFiniteError: on every rank and after the last, where states of rows are not finite: no method can learn from
+            these rows, and one that learns from the others is fitted anew.
+    """
+    bad: set[int] = set()
+    for batch in run.positions(validation, method, name, all_ranks=all_ranks):
+        bad |= batch.not_finite
+        yield batch
+    bad = bad.union(*of_all_ranks(bad, "looking for validation rows that overflow"))
+    if bad:
+        raise NotFiniteError(OVERFLOW, bad)
+
+
+def named(reasons: Mapping[int, str]) -> str:
+    """The first rows of some, with their reasons."""
+    return "; ".join(f"row {row}: {reasons[row]}" for row in list(reasons)[:3])
+
+
+def warn_of_unscored(reasons: Mapping[int, str], n: int) -> None:
+    """Names validation rows, of n, that nothing is learned from."""
+    if reasons:
+        with aside():
+            logger.warning("%d of %d validation rows cannot be scored (%s)", len(reasons), n, named(reasons))
+
+
+def measured(run: Run, method: Method, state: State, samples: Sequence[Any], name: str) -> Columns:
     """Columns of the validation rows, or copies of them, that could be scored, in their order, their places under
     "index" and their digests under "digest".
 
     Raises:
         ValueError: there are none.
     """
-    windows = list(run.windows(samples, method, partial(method.score, state, run.backbone.head()), name))
-    parts = [found_in(window) for window in windows if not isinstance(window, int)]
+    found = run.windows(samples, method, partial(method.score, state, run.backbone.head()), name)
+    windows = [window for window in found if not isinstance(window, int)]
+    parts = [found_in(window) for window in windows]
+    reasons = [reason for window in windows for reason in window.reasons]
     if not sum(len(part["index"]) for part in parts):
-        reasons = [reason for window in windows if not isinstance(window, int) for reason in window.reasons]
         raise ValueError(f"{name}: none of {len(reasons)} can be scored ({reasons[0] if reasons else 'no rows'}).")
+    if name == VALIDATION:
+        warn_of_unscored({samples[i].index: why for i, why in enumerate(reasons) if why is not None}, len(samples))
     parts = [part for part in parts if len(part["index"])]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -16,7 +16,7 @@ from ..model.positions import Positions, concatenate
 from ..model.ranks import together
 from ..model.run import Run
 from ..progress import aside
-from .base import VALIDATION, State
+from .base import VALIDATION, State, finite_positions
 from .gradient import HeadMethod
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Fitted(HeadMethod):
     def fit(self, run: Run, validation: Sequence[Sample]) -> State:
         # Every rank fits for itself: validation sets are small, and the same fit needs no exchange.
         with together("fitting the head", run.sharded):
-            positions = concatenate(run.positions(validation, self, VALIDATION, all_ranks=True))
+            positions = concatenate(finite_positions(run, validation, self, VALIDATION, all_ranks=True))
             run.progress.now("fitting the head")
             fit = fit_head(
                 run.backbone.head(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,9 +14,12 @@ from .. import core
 from ..core import Head
 from ..data.sample import Sample
 from ..model.positions import Columns, Positions, joined
-from ..model.ranks import together, world
+from ..model.ranks import answering, together, world
 from ..model.run import Run
-from .base import OVERFLOW, VALIDATION, Method, State, reasons_unless
+from ..progress import aside
+from .base import OVERFLOW, VALIDATION, Method, State, finite_positions, reasons_unless
+
+logger = logging.getLogger(__name__)
 
 
 class HeadMethod(Method):
@@ -70,7 +74,7 @@ class Gradient(HeadMethod):
     vocabularies = ("full", "seen")
 
     def fit(self, run: Run, validation: Sequence[Sample]) -> State:
-        return {"direction": mean_gradient(run, validation, self)[0]}
+        return {"direction": sound(mean_gradient(run, validation, self)[0])}
 
     def tokens(self, state: State, head: Head, positions: Positions) -> tuple[Tensor, Tensor]:
         return core.score_tokens(head, state["direction"], positions.hidden_TD, positions.target_T)
@@ -80,27 +84,36 @@ def mean_gradient(
     run: Run, validation: Sequence[Sample], method: Method, moment: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Mean gradient of the rows' log-likelihood in the head (of pairs: chosen minus rejected), (V, D), and the second
-    moment of the hidden states, (D, D) float64, if asked for: both of the rows of all ranks.
-
-    Raises:
-        ValueError: it is not finite.
-    """
+    moment of the hidden states, (D, D) float64, if asked for: both of the rows of all ranks."""
     head = run.backbone.head()
     dim, device = head.weight.shape[1], head.weight.device
     total_VD = torch.zeros(head.weight.shape, dtype=core.working_dtype(head.weight), device=device)
     moment_DD = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     n_positions = torch.zeros(1, dtype=torch.int64, device=device)
     with together("scoring the validation rows", run.sharded):
-        for batch in joined(run.positions(validation, method, VALIDATION), core.tile_for(device)):
+        for batch in joined(finite_positions(run, validation, method, VALIDATION), core.tile_for(device)):
             core.add_gradient(total_VD, head, batch.hidden_TD, batch.target_T, weights_T=batch.weights_T)
             if moment:
                 hidden = batch.hidden_TD.double()
                 moment_DD.addmm_(hidden.T, hidden)
             n_positions += len(batch.target_T)
     if world()[1] > 1:
-        for tensor in (total_VD, moment_DD, n_positions):
-            torch.distributed.all_reduce(tensor)
+        with answering("adding up the gradients"):
+            for tensor in (total_VD, moment_DD, n_positions):
+                torch.distributed.all_reduce(tensor)
     total_VD /= len(validation)
-    if not torch.isfinite(total_VD).all():
-        raise ValueError(f"the validation direction is not finite: {OVERFLOW}")
     return total_VD, moment_DD / int(n_positions) if moment else None
+
+
+def sound(direction_VD: Tensor) -> Tensor:
+    """A direction that rows can be scored along: the same.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    if not torch.isfinite(direction_VD).all():
+        raise ValueError(f"the validation direction is not finite: {OVERFLOW}")
+    if not direction_VD.any():
+        with aside():
+            logger.warning("the validation rows move the head nowhere (is the model sure of them?): all scores are 0")
+    return direction_VD

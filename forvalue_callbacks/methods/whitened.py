@@ -11,7 +11,7 @@ from ..core import Head
 from ..data.sample import Sample
 from ..model.run import Run
 from .base import State
-from .gradient import Gradient, mean_gradient
+from .gradient import Gradient, mean_gradient, sound
 
 # Share of the mean diagonal that is added to the second moment before it is inverted.
 WHITENING_RIDGE = 0.01
@@ -25,7 +25,7 @@ class Whitened(Gradient):
         gradient_VD, moment_DD = mean_gradient(run, validation, self, moment=True)
         assert moment_DD is not None
         metric_DD = core.inverse_with_ridge(moment_DD, WHITENING_RIDGE)
-        return {"direction": gradient_VD @ metric_DD.to(gradient_VD), "metric": metric_DD}
+        return {"direction": sound(gradient_VD @ metric_DD.to(gradient_VD)), "metric": metric_DD}
 
     def shapes(self, head: Head) -> dict[str, tuple[int, ...]]:
         dim = head.weight.shape[1]

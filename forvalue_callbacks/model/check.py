@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core import working_dtype
+from ..data.reasons import NotFiniteError
 from .kinds import classifies, first_input, logits_of
-from .sharding import gathered
+from .sharding import gathered, is_sharded
 from .unembedding import excess, left_as_found, named_transforms, seen_transform
 
 if TYPE_CHECKING:
@@ -57,11 +58,7 @@ def check(backbone: Backbone, batch: Mapping[str, Any], predicted_BL: Tensor | N
         real = torch.ones(seen.logits.shape[:2], dtype=torch.bool, device=seen.logits.device)
         if isinstance(mask, Tensor) and mask.shape == real.shape:  # what stands at padding is nobody's business
             real = mask.bool().to(real.device)
-        if not torch.isfinite(seen.logits[real]).all():
-            raise ValueError(
-                f"{backbone.name}: the logits of a validation row are not finite: hidden states or logits overflow. "
-                "Try forward_dtype='bfloat16' or float32 weights."
-            )
+        _refuse_not_finite(backbone, seen.logits[real])
         _check_head(backbone, inputs, seen, real)
         hidden = _check_body(backbone, inputs, seen, real)
         if not classifies(backbone.kind):
@@ -107,6 +104,24 @@ def _observe(backbone: Backbone, inputs: dict[str, Any], gain: float = 1.0) -> _
             "get as many hidden states: it does something else between them, so its scores would be wrong."
         )
     return _Seen(logits, states, linear, seen.get("autocast"))
+
+
+def _refuse_not_finite(backbone: Backbone, logits_TV: Tensor) -> None:
+    masked_V = torch.isneginf(logits_TV).all(0)
+    if masked_V.any() and torch.isfinite(logits_TV[:, ~masked_V]).all():
+        raise ValueError(
+            f"{backbone.name}: the logits of {int(masked_V.sum())} tokens (first: {int(masked_V.nonzero()[0])}) are "
+            "-inf, as where a bias masks them: no gradient passes there. Make that bias a large negative number, as "
+            "-1e4."
+        )
+    if not torch.isfinite(logits_TV).all():
+        weights = () if is_sharded(backbone.holder) else backbone.holder.named_parameters()
+        bad = [name for name, weight in weights if not weight.is_meta and not torch.isfinite(weight).all()]
+        raise NotFiniteError(
+            f"{backbone.name}: the logits of a validation row are not finite: hidden states or logits overflow"
+            f"{f' (weights {bad[0]!r} are not finite themselves)' if bad else ''}. Try forward_dtype='bfloat16' or "
+            "float32 weights."
+        )
 
 
 def _check_head(backbone: Backbone, inputs: dict[str, Any], seen: _Seen, real: Tensor) -> None:

@@ -75,6 +75,15 @@ class Positions:
         starts = np.cumsum([0, *self.lengths[:-1]])
         return self.hidden_TD[torch.as_tensor(starts, device=self.hidden_TD.device)]
 
+    @property
+    def not_finite(self) -> set[int]:
+        """The rows' places of which a state is not finite."""
+        places = self.rows_T[~torch.isfinite(self.hidden_TD).all(1)].tolist()
+        for states in (self.prompt_RD, self.middle_RE):
+            if states is not None:
+                places += (~torch.isfinite(states).all(1)).nonzero()[:, 0].tolist()
+        return {self.samples[place].index for place in places}
+
     def sum(self, values_T: Tensor) -> np.ndarray:
         """Sum of values (T, ...) over the positions of each segment, float64 (segments, ...)."""
         out = torch.zeros(len(self.lengths), *values_T.shape[1:], dtype=torch.float64, device=values_T.device)

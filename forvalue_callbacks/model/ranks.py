@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+# Seconds in which ranks that live come where an exchange has failed.
+ANSWER = 2.0
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 def world() -> tuple[int, int]:
@@ -23,7 +28,8 @@ def of_all_ranks(mine: Any, what: str) -> list[Any]:
         what: what is done, in a few words: ranks that meet over different things have gone different ways.
 
     Raises:
-        RuntimeError: a rank has failed in place of coming here, or is doing something else; says which and why.
+        RuntimeError: a rank has failed in place of coming here, is doing something else, or is gone; says which and
+            why.
     """
     if world()[1] == 1:
         return [mine]
@@ -52,7 +58,8 @@ def of_first_rank(mine: Any, what: str) -> Any:
         return mine
     of_all_ranks(None, what)  # where a failure can be told; what the first rank has is sent once, and not by all
     box = [mine]
-    torch.distributed.broadcast_object_list(box, src=0)
+    with answering(what):
+        torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -83,7 +90,7 @@ def together(what: str, sharded: bool = False) -> Iterator[Together]:
     work = Together(what)
     try:
         yield work
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # a process may live on after any of them
         if world()[1] > 1 and not sharded and not hasattr(error, _KNOWN):
             with suppress(Exception):  # a rank that is gone cannot be told
                 _meet((what, f"{type(error).__name__}: {error}", None))
@@ -97,7 +104,7 @@ def together(what: str, sharded: bool = False) -> Iterator[Together]:
 _KNOWN = "known_to_all_ranks"
 
 
-def _known(error: Exception) -> Exception:
+def _known(error: _Error) -> _Error:
     setattr(error, _KNOWN, True)
     return error
 
@@ -105,8 +112,43 @@ def _known(error: Exception) -> Exception:
 def _meet(mine: tuple[str, str | None, Any]) -> list[tuple[str, str | None, Any]]:
     """What each rank does, why it failed if it has, and what it has."""
     ranks: list[Any] = [None] * world()[1]
-    torch.distributed.all_gather_object(ranks, mine)
+    with answering(mine[0]):
+        torch.distributed.all_gather_object(ranks, mine)
     return ranks
+
+
+@contextmanager
+def answering(what: str) -> Iterator[None]:
+    """Around an exchange among ranks, which fails with the addresses of processes where one is gone.
+
+    Raises:
+        RuntimeError: in its place, with the rank's number.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        silent = " and ".join(f"rank {rank}" for rank in _silent()) or "a rank"
+        raise _known(
+            RuntimeError(
+                f"no answer from {silent} (killed?) while rank {world()[0]} is {what}, so all ranks stop: look at the "
+                "log and the memory there."
+            )
+        ) from error
+
+
+def _silent() -> list[int]:
+    """Ranks that do not come here within `ANSWER`: those that live do, as an exchange fails on one after the other."""
+    me, n_ranks = world()
+    silent = [rank for rank in range(n_ranks) if rank != me]
+    with suppress(Exception):  # what keeps the answers may have been in the process that is gone
+        # There is no public way to what the process group was made with; `tests/attack/test_ranks_broken.py` uses it.
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set(f"forvalue_callbacks/{me}", "here")
+        end = time.monotonic() + ANSWER
+        while silent and time.monotonic() < end:
+            silent = [rank for rank in silent if not store.check([f"forvalue_callbacks/{rank}"])]
+            time.sleep(0.05)
+    return silent
 
 
 def refuse_other(what: str, mine: str) -> None:

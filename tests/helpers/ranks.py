@@ -150,6 +150,18 @@ def one_validation_row(rank, folder):
     return told(scorer_of(validation=VALIDATION[:1]).score(TRAIN))
 
 
+@scenario(method="gradient")
+@scenario(method="fitted")
+def validation_rows_that_overflow(rank, folder, method):
+    """One is found when the model is checked, the other by the rank that runs it."""
+    model = build_model(dtype=torch.float64)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[66] = torch.inf
+    rows, validation = ([row for row in side if 66 not in row["input_ids"]] for side in (TRAIN, VALIDATION))
+    broken = [{"input_ids": [66] * n, "labels": [-100] + [9] * (n - 1)} for n in (16, 4)]
+    return told(scorer_of(model, [broken[0], *validation, broken[1]], method=method).score(rows))
+
+
 @scenario()
 def rows_of_a_stream(rank, folder):
     return told(scorer_of().score(iter(TRAIN)))
