@@ -194,9 +194,10 @@ class ValidationSide:
             file = self._file()
             if file is not None and world()[0] == 0 and not os.path.isdir(file.parent):
                 make_folder(file.parent)  # one that is there and cannot be written costs a warning, later
-            short = min(self.samples() or self.first, key=lambda sample: abs(sample.n_read - ENOUGH_TOKENS)).segments[
-                0
-            ]
+            row = min(self.samples() or self.first, key=lambda sample: abs(sample.n_read - ENOUGH_TOKENS))
+            short = row.segments[0]
+            if short.tokens is None:  # if the model does not take it, the row is named
+                list(self.run.positions([row], self.method, all_ranks=True))
             inputs = collated([short])
             ids = inputs.get(self.run.backbone.ids_name)
             self.run.backbone.check(inputs, predicted(short, ids) if isinstance(ids, torch.Tensor) else None)

@@ -15,7 +15,7 @@ from datasets.fingerprint import Hasher
 
 from .collated import Collating, OneByOne, inner, n_bytes
 from .preference import is_preference, made_for_preferences, sides_of
-from .reading import examples_of
+from .reading import Unreadable, examples_of
 from .reasons import SetUpError, UnscorableError
 from .sample import IGNORED, Sample, Segment, next_tokens
 from .sft import Row, RowPreparer
@@ -66,6 +66,8 @@ class Reader:
         """One row, and the same without what its collator made, if one did."""
         if isinstance(example, Sample):
             return replace(example, index=index), None
+        if isinstance(example, Unreadable):
+            return sample_of(index, Row.unscorable(example.reason)), None
         if is_preference(example):
             return self._preference(index, example), None
         if self.one_by_one is not None:

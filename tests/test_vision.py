@@ -1,0 +1,164 @@
+"""Rows with images through TRL's own collator: every family of models, bad rows, trainers, `auto`."""
+
+import io
+
+import datasets
+import pytest
+import torch
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from forvalue_callbacks import ForValueScorer
+from helpers.oracles import relative, row_gradient
+from helpers.vision import PLACES, build_vlm, image_rows
+
+NEW = pytest.mark.newest
+LABELLED = {  # what TRL's collator is told, by what is labelled
+    "all": ("messages", {}),
+    "assistant": ("messages", {"assistant_only_loss": True}),
+    "completion": ("pairs", {"completion_only_loss": True}),
+    "completion of messages": ("pairs of messages", {"completion_only_loss": True}),
+}
+# Of each family the whole of messages, and one of the ways to label answers alone.
+CASES = [
+    *[(family, "all") for family in PLACES if family != "mllama"],
+    *[(family, "completion") for family in ("llava", "qwen3_vl", "gemma3")],
+    *[(family, "completion of messages") for family in ("llava", "qwen2_5_vl", "idefics3", "smolvlm")],
+    *[(family, "assistant") for family in ("qwen2_5_vl", "gemma3", "mllama")],
+]
+
+
+def case(family, kind):
+    """With older versions there are no Qwen3-VL and no marks of the assistant's tokens, and Qwen's processors want a
+    tokenizer of Qwen's."""
+    return pytest.param(family, kind, marks=NEW if "qwen" in family or kind == "assistant" else ())
+
+
+def scored(model, validation, rows, collator):
+    return ForValueScorer(model, validation, data_collator=collator, progress=False).score(rows)
+
+
+def padded_left(collator):
+    """Pads what a collator makes on the left, to a multiple of 8."""
+
+    def collate(examples):
+        batch = dict(collator(examples))
+        length = batch["input_ids"].shape[1]
+        for name, value in batch.items():
+            if value.ndim > 1 and value.shape[1] == length and "pixel" not in name and "image" not in name:
+                filler = value.new_full((1, 8 - length % 8, *value.shape[2:]), -100 if name == "labels" else 0)
+                batch[name] = torch.cat([filler, value], 1)
+        return batch
+
+    return collate
+
+
+@pytest.mark.parametrize(("family", "kind"), [case(*names) for names in CASES])
+def test_rows_of_mixed_lengths_have_the_scores_of_each_alone_however_padded(family, kind):
+    form, options = LABELLED[kind]
+    model, processor = build_vlm(family)
+    collator = DataCollatorForVisionLanguageModeling(processor, **options)
+    rows, validation = image_rows(family, form, [1, 3, 0, 2]), image_rows(family, form, [1, 0], seed=1)
+    scorer = ForValueScorer(model, validation, data_collator=collator, progress=False)
+    together = scorer.score(rows)
+    assert together.reasons == [None] * len(rows)
+    assert relative(together.values, [scorer.score([row]).values[0] for row in rows]) < 1e-5
+    processor.tokenizer.padding_side = "left"
+    left = scored(model, validation, rows, padded_left(collator))
+    assert left.n_labelled.tolist() == together.n_labelled.tolist()
+    assert relative(left.values, together.values) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=NEW)])
+def test_scores_are_gradients_of_the_head_by_autograd(family):
+    model, processor = build_vlm(family, torch.float64)
+    trl = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+
+    def collator(examples):
+        batch = trl(examples)
+        return {**batch, "pixel_values": batch["pixel_values"].double()} if "pixel_values" in batch else batch
+
+    def gradient(row):
+        batch = dict(collator([dict(row)]))
+        ids, labels = batch.pop("input_ids")[0], batch.pop("labels")[0]
+        return row_gradient(model, {"input_ids": ids, "labels": labels}, **batch)
+
+    rows, validation = (image_rows(family, "pairs", [2, 1, 0, 3], seed) for seed in (0, 1))
+    direction = torch.stack([gradient(row) for row in validation]).mean(0)
+    want = [float((direction * gradient(row)).sum()) for row in rows]
+    assert relative(scored(model, validation, rows, collator).values, want) < 1e-10
+
+
+def test_what_mllama_cannot_be_trained_on_is_named():
+    """TRL labels the places of images, which its head does not know; and makes its mask of the prompt alone."""
+    model, processor = build_vlm("mllama")
+    rows = image_rows("mllama", "messages", [1, 0, 0])
+    scores = scored(model, rows[2:], rows[:2], DataCollatorForVisionLanguageModeling(processor))
+    assert scores.reasons[1] is None
+    assert "is outside the model's vocabulary of 301: label the answer alone" in scores.reasons[0]
+    rows = image_rows("mllama", "pairs", [1, 0, 0])
+    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    scores = scored(model, rows[2:], rows[:2], collator)
+    assert scores.reasons[1] is None
+    assert scores.reasons[0].startswith("the model fails on what the data_collator makes of this row: RuntimeError")
+    with pytest.raises(ValueError, match="validation row 0: the model fails on what the data_collator makes"):
+        scored(model, rows[:1], rows, collator)
+
+
+# ---- bad rows ----
+
+
+def broken(image):
+    """The bytes of an image without their end."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {"bytes": file.getvalue()[:60], "path": None}
+
+
+def test_bad_images_are_reasons_of_their_rows_and_no_end_of_the_run():
+    model, processor = build_vlm("llava")
+    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    rows, validation = (image_rows("llava", "pairs", [1, 1, 2, 1, 1, 1], seed) for seed in (0, 1))
+    want = scored(model, validation[:2], rows, collator)
+    rows[1]["images"] = [None]
+    rows[2]["images"] = rows[2]["images"][:1]  # and two places
+    rows[3]["images"] = None
+    rows[5]["images"] = [[1, 2]]
+    validation[0]["images"] = []
+    with pytest.raises(ValueError, match=r"no validation row can be scored .*1 rows; row 0: the data_collator fails"):
+        scored(model, validation[:1], rows, collator)
+    validation[0]["images"] = validation[3]["images"] * 2
+    scores = scored(model, [validation[0], validation[1]], rows, collator)
+    assert [i for i, reason in enumerate(scores.reasons) if reason is None] == [0, 4]
+    alone = scored(model, validation[1:2], [rows[0], rows[4]], collator)
+    assert relative(scores.values[[0, 4]], alone.values) < 1e-6
+    assert want.reasons == [None] * 6
+    assert all("fails" in reason for reason in (scores.reasons[i] for i in (1, 2, 3, 5)))
+
+
+def test_images_that_a_data_set_cannot_open_are_reasons_of_their_rows():
+    model, processor = build_vlm("llava")
+    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    rows = image_rows("llava", "pairs", [1] * 5)
+    want = scored(model, rows[:2], rows, collator)
+    stored = [
+        {**row, "images": [broken(i) if k in (1, 4) else i for i in row["images"]]} for k, row in enumerate(rows)
+    ]
+    text = datasets.Value("string")
+    features = {"images": datasets.Sequence(datasets.Image()), "prompt": text, "completion": text}
+    data = datasets.Dataset.from_list(stored, features=datasets.Features(features))
+    for dataset in (data, torch.utils.data.Subset(data, range(5)), data.with_transform(lambda batch: batch)):
+        scores = scored(model, rows[:2], dataset, collator)
+        assert [reason is None for reason in scores.reasons] == [True, False, True, True, False]
+        assert scores.reasons[1].startswith("the data set fails on this row: ")
+        assert relative(scores.values[[0, 2, 3]], want.values[[0, 2, 3]]) < 1e-6
+
+
+def test_a_row_cut_off_within_its_image_is_left_out_and_those_beside_it_are_not():
+    model, processor = build_vlm("llava")
+    cut = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=False, max_length=20)
+    rows = image_rows("llava", "pairs", [1, 1, 1])
+    rows[1]["prompt"] = "the sky is blue " * 9 + rows[1]["prompt"]
+    scores = scored(model, rows[:1], rows, cut)
+    assert [reason is None for reason in scores.reasons] == [True, False, True]
+    assert "the model fails on what the data_collator makes of this row" in scores.reasons[1]
+    assert relative(scores.values[[0, 2]], scored(model, rows[:1], rows[::2], cut).values) < 1e-6
