@@ -77,7 +77,8 @@ class Reader:
         found = self.collating.read(example)
         if isinstance(found, Row):
             return sample_of(index, found), None
-        segment = next_tokens(found.batch, found.labels)
+        ids = found.batch["input_ids"][0].cpu().numpy().astype(np.int64)
+        segment = replace(next_tokens(found.batch, found.labels), read=ids)
         digest = xxhash.xxh3_64_hexdigest(Hasher.hash(found.example).encode() + segment.target.tobytes())
         again = replace(segment, inputs=partial(self.collating.again, found.example))
         return Sample(index, (segment,), digest), Sample(index, (again,), digest)
@@ -145,14 +146,13 @@ class Reader:
 
 
 def row_of(segment: Segment) -> Row:
-    """The row of a segment of tokens; what `sample_of` makes of it is that segment."""
-    ids = segment.tokens
-    assert ids is not None
+    """The tokens and labels of a segment; where there is no more in it, `sample_of` makes it of them."""
+    ids = segment.ids
     labels = np.full_like(ids, IGNORED)
     labels[segment.at + 1] = segment.target
     if segment.n_prompt == 0:  # a first token that is learnt and that nothing predicts
         labels[0] = ids[0]
-    return Row(ids, labels, typed="token_type_ids" in segment.load())
+    return Row(ids, labels, typed=segment.tokens is not None and "token_type_ids" in segment.load())
 
 
 def sample_of(index: int, row: Row) -> Sample:

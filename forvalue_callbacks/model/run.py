@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 # weights are read too often.
 CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 16384
 
+# What no row is to blame for: inputs that the model has not, an accelerator that no longer works.
+NOT_OF_A_ROW = (TypeError, torch.AcceleratorError)
+
 
 @dataclass
 class Window:
@@ -257,7 +260,7 @@ class Run:
                 continue
             except Exception as error:
                 if not should_reduce_batch_size(error):
-                    if rows[0][1].tokens is not None or self.sharded or isinstance(error, torch.AcceleratorError):
+                    if rows[0][1].tokens is not None or self.sharded or isinstance(error, NOT_OF_A_ROW):
                         raise
                     if len(rows) > 1:  # what fails may be one of them
                         parts[:0] = [Batch((i,), (0,)) for i in part.rows]

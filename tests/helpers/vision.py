@@ -15,10 +15,12 @@ _TEMPLATE = """
     {%- else %}{%- for part in content or [] %}{{- IMAGE if part.type == 'image' else part.text }}{%- endfor %}
     {%- endif %}
 {%- endmacro %}
+{%- macro called(message) %}{%- for call in message.tool_calls or [] %}{{- call | tojson }}{%- endfor %}{% endmacro %}
 {%- if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>{% endif %}
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.role == 'assistant' %}{% generation %}{{ said(message.content) + '<|im_end|>' }}{% endgeneration %}
+    {%- if message.role == 'assistant' %}{% generation %}{{ said(message.content) + called(message) + '<|im_end|>' }}
+        {%- endgeneration %}
     {%- else %}{{- said(message.content) + '<|im_end|>' }}
     {%- endif %}
     {{- '\\n' }}
@@ -48,6 +50,12 @@ def _tokenizer(*special, **named):
         setattr(tokenizer, name, token)
         setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
     return tokenizer
+
+
+def with_template(processing_class, place=""):
+    """A tokenizer or processor with a chat template of ours; `place` is what stands where an image belongs."""
+    processing_class.chat_template = _TEMPLATE.replace("IMAGE", json.dumps(place))
+    return processing_class
 
 
 def _llava():
@@ -173,13 +181,31 @@ def build_vlm(family, dtype=torch.float32):
     """A model of a few ten thousand parameters, and its family's own processor with a chat template of ours."""
     torch.manual_seed(0)
     processor, model = globals()[f"_{family}"]()
-    processor.chat_template = _TEMPLATE.replace("IMAGE", json.dumps(PLACES[family]))
+    with_template(processor, PLACES[family])
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_(std=0.5)
         for name, parameter in model.named_parameters():
             if name.endswith("_gate"):  # Mllama's images count for nothing before it is trained
                 parameter.fill_(0.5)
     return model.to(dtype).eval(), processor
+
+
+def build_listener(dtype=torch.float32):
+    """The same of a model that hears: Qwen2-Audio, of one second."""
+    torch.manual_seed(0)
+    tokenizer = _tokenizer("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
+    features = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    audio = {"num_mel_bins": 8, "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2}
+    audio |= {"encoder_ffn_dim": 16, "max_source_positions": 50, "model_type": "qwen2_audio_encoder"}
+    config = transformers.Qwen2AudioConfig(
+        audio_config=audio,
+        text_config={"model_type": "qwen2", **_TEXT, "vocab_size": len(tokenizer)},
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+    )
+    model = transformers.Qwen2AudioForConditionalGeneration(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(std=0.5)
+    return model.to(dtype).eval(), transformers.Qwen2AudioProcessor(features, tokenizer)
 
 
 def pictures(n, seed=0):
