@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer
 from forvalue_callbacks.data.sft import RowConfig
+from forvalue_callbacks.model.backbone import Backbone
 from helpers.models import build_model
 from helpers.oracles import relative, row_gradient
 from helpers.tokenizers import build_tokenizer
@@ -33,6 +34,10 @@ CASES = [
     *[(family, "completion of messages") for family in ("llava", "qwen2_5_vl", "idefics3", "smolvlm")],
     *[(family, "assistant") for family in ("qwen2_5_vl", "gemma3", "mllama")],
 ]
+
+
+# With older versions Qwen's processors want a tokenizer of Qwen's, and Mllama another name of its positions.
+RENAMED = ["qwen2_5_vl", "qwen3_vl", "mllama"]
 
 
 def case(family, kind):
@@ -117,6 +122,15 @@ def test_what_mllama_cannot_be_trained_on_is_named():
     assert scores.reasons[0].startswith("the model fails on what the data_collator makes of this row: RuntimeError")
     with pytest.raises(ValueError, match="validation row 0: the model fails on what the data_collator makes"):
         scored(model, rows[:1], rows, collator)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", *[pytest.param(name, marks=NEW) for name in RENAMED]])
+def test_the_places_of_images_are_known_by_the_models_config(family):
+    model, processor = build_vlm(family)
+    batch = DataCollatorForVisionLanguageModeling(processor)(image_rows(family, "messages", [2]))
+    plain = DataCollatorForVisionLanguageModeling(processor)(image_rows(family, "messages", [0]))
+    new = set(batch["input_ids"][0].tolist()) - set(plain["input_ids"][0].tolist())
+    assert new & Backbone(model).places
 
 
 # ---- bad rows ----
@@ -285,3 +299,42 @@ def test_turns_and_calls_of_tools_are_labelled_as_trl_does(assistant, listed, tm
     texts = [tokenizer.decode([t for t in row["labels"] if t >= 0]) for row in trainer.train_dataset]
     assert ["blue<|im_end|>\n" in text for text in texts] == [not assistant, not assistant, not assistant]
     assert ["arguments" in text for text in texts] == [True, True, False]
+
+
+# ---- auto ----
+
+
+def described(n, seed, wrong=()):
+    """Rows with an image and an answer of their own; some are said three times over."""
+    rng = np.random.default_rng(seed)
+    words = ["the", "sky", "is", "blue", "it", "today", "blueberry", "pie", "what", "user", "system", "assistant"]
+    rows = image_rows("llava", "pairs", [1] * n, seed)
+    for i, row in enumerate(rows):
+        answer = " " + " ".join(rng.permutation(words)[: int(rng.integers(4, 7))])
+        row |= {"prompt": PLACES["llava"] + "what is it", "completion": answer * (3 if i in wrong else 1)}
+    return rows
+
+
+def test_auto_finds_wrong_answers_of_rows_with_images():
+    model, processor = build_vlm("llava")
+    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    options = {"config": ForValueConfig("auto"), "data_collator": collator, "processing_class": processor}
+    rows = described(20, 1, wrong=range(6))
+    rows[9]["images"] = [None]
+    scores = ForValueScorer(model, described(40, 0), progress=False, **options).score(rows)
+    assert [i for i, reason in enumerate(scores.reasons) if reason is not None] == [9]
+    values = np.delete(scores.values, 9)
+    assert values[:6].max() < values[6:].min()
+    assert scores.noise.evidence["repeated text"].auc > 0.9
+    assert "prompt truncated" not in scores.noise.evidence
+
+
+def test_auto_refuses_by_name_where_places_of_images_are_learnt():
+    model, processor = build_vlm("llava")
+    collator = DataCollatorForVisionLanguageModeling(processor)
+    options = {"config": ForValueConfig("auto"), "data_collator": collator, "progress": False}
+    rows = [{"images": row["images"], "text": row["prompt"] + row["completion"]} for row in described(44, 0)]
+    with pytest.raises(
+        ValueError, match=r"in 44 of 44 what is learnt holds places of images: label the answers alone"
+    ):
+        ForValueScorer(model, rows, processing_class=processor, **options).score(rows[:2])

@@ -127,7 +127,7 @@ def corrupted(
     end = int(lasts[counts.argmax()]) if counts.max() > 0.8 * len(rows) else None
     pool = [word for answer in answers for word in _words(answer, end, starts)[0]]
     bodies = _prompt_bodies([row.input_ids[: span.start] for row, span in zip(rows, spans, strict=True)])
-    other = _others(rows, answers, bodies, kind, rng)
+    other = _others(rows, answers, bodies, kind, rng, places)
     out: list[Row | None] = []
     for i, (row, span, answer) in enumerate(zip(rows, spans, answers, strict=True)):
         words, tail = _words(answer, end, starts)
@@ -183,14 +183,21 @@ def _prompt_bodies(prompts: Sequence[np.ndarray]) -> list[slice]:
 
 
 def _others(
-    rows: Sequence[Row], answers: Sequence[np.ndarray], bodies: Sequence[slice], kind: str, rng: np.random.Generator
+    rows: Sequence[Row],
+    answers: Sequence[np.ndarray],
+    bodies: Sequence[slice],
+    kind: str,
+    rng: np.random.Generator,
+    places: Sequence[int],
 ) -> np.ndarray:
     """Whose answer each row gets: anyone's, or that of the row with the most similar prompt and another answer."""
     turn = rng.permutation(len(rows))
     other = np.zeros(len(rows), dtype=np.int64)
     other[turn] = np.roll(turn, 1)
-    if kind != "answer of a similar prompt" or not any(body.stop > body.start for body in bodies):
-        return other  # prompts that are all the same: images differ
+    if kind != "answer of a similar prompt":
+        return other
+    if places and not any(body.stop > body.start for body in bodies):  # all prompts alike but for their images
+        return other
     tokens, where = np.unique(
         np.concatenate([row.input_ids[b] for row, b in zip(rows, bodies, strict=True)]), return_inverse=True
     )
