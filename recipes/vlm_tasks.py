@@ -178,10 +178,10 @@ def animal_rows(
 
 
 def caption_rows(
-    seed: int, noise: float, train: int = 600, validation: int = 200
+    seed: int, noise: float, train: int = 400, validation: int = 150
 ) -> tuple[list[Example], list[Example]]:
-    """Captions that hardly repeat: of 1,440. A share of the training rows has the caption of another picture; `clean`:
-    has it its own?"""
+    """Captions that hardly repeat, of 1,440. A share of the training rows has the caption of another picture: `label`
+    is the shape that it names, `clean`: is it of this picture."""
     rng = random.Random(f"captions {seed}")
     rows = []
     for _ in range(train + validation):
@@ -190,9 +190,9 @@ def caption_rows(
         caption = f"{rng.choice(OPENINGS)} {colour} {shape} at the {place}, made of {STYLES[style]}"
         rows.append({**_example(image, WHAT, caption, shape), "clean": True})
     wrong = rng.sample(range(train), round(noise * train))
-    said = [rows[i]["completion"] for i in wrong]
+    said = [{name: rows[i][name] for name in ("completion", "label")} for i in wrong]
     for i, other in zip(wrong, said[1:] + said[:1], strict=True):
-        rows[i] |= {"clean": rows[i]["completion"] == other, "completion": other}
+        rows[i] |= {**other, "clean": rows[i]["completion"] == other["completion"]}
     return rows[:train], rows[train:]
 
 
