@@ -11,6 +11,7 @@ every method scores the rows of the tasks, as `compare_influence.py` does for te
     style_named       the same pictures with captions that do
     animals_30        cats and dogs, 30 % of the training answers wrong; relevant is a clean row of the same answer
     animals_50        the same, half of the answers wrong
+    captions_30       captions that hardly repeat, 30 % of them of another picture; relevant names its shape rightly
 
 For-Value scores them through `ForValueScorer(..., data_collator=...)`. Writes compare_vlm.csv, .md and .png.
 """
@@ -27,7 +28,16 @@ from influence_report import CLOCKS, ComparisonConfig, Result, known, write
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import TrlParser
-from vlm_tasks import Collator, Example, animal_rows, pretraining_rows, style_rows, subject_rows, untrained_vlm
+from vlm_tasks import (
+    Collator,
+    Example,
+    animal_rows,
+    caption_rows,
+    pretraining_rows,
+    style_rows,
+    subject_rows,
+    untrained_vlm,
+)
 
 from forvalue_callbacks import baselines
 
@@ -37,6 +47,7 @@ TASKS = {
     "style_named": lambda seed, config: style_rows(seed, config.style_rows, config.style_rows // 4, named=True),
     "animals_30": lambda seed, config: animal_rows(seed, 0.3, config.animal_rows, config.animal_rows // 4),
     "animals_50": lambda seed, config: animal_rows(seed, 0.5, config.animal_rows, config.animal_rows // 4),
+    "captions_30": lambda seed, config: caption_rows(seed, 0.3, 2 * config.animal_rows),
 }
 
 
@@ -119,7 +130,7 @@ def main(config: VLMConfig) -> list[Result]:
         f"Llava of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, taught to caption by "
         f"{config.pretraining_rows} images in {now() - started:.0f} s: {ability}. subject: 90 and 60 rows; style: "
         f"{3 * config.style_rows} and {3 * (config.style_rows // 4)}; animals: {2 * config.animal_rows} and "
-        f"{2 * (config.animal_rows // 4)}."
+        f"{2 * (config.animal_rows // 4)}; captions: {2 * config.animal_rows} and 150."
     )
     results: list[Result] = []
     notes: list[str] = []

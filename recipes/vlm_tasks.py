@@ -39,6 +39,7 @@ SHAPES = ["square", "circle", "star", "cross", "arrow", "moon"]
 PLACES = {"left": (12, 16), "right": (20, 16), "top": (16, 12), "middle": (16, 16)}
 STYLES = {"cartoon": "a cartoon", "pixels": "large dots", "sketch": "lines"}
 ANIMALS = ["cat", "dog"]
+OPENINGS = ["A", "There is a", "The picture shows a", "You see a"]
 WHAT, HOW, ANIMAL = "What is in the picture?\n", "How is it made?\n", "What is the animal in the picture?\n"
 
 Example = dict[str, Any]
@@ -174,6 +175,25 @@ def animal_rows(
             row = _example(animal(rng, kind), ANIMAL, f"It is a {said}", said)
             sides[i >= train].append({**row, "clean": said == kind})
     return sides
+
+
+def caption_rows(
+    seed: int, noise: float, train: int = 400, validation: int = 150
+) -> tuple[list[Example], list[Example]]:
+    """Captions that hardly repeat, of 1,440. A share of the training rows has the caption of another picture: `label`
+    is the shape that it names, `clean`: is it of this picture."""
+    rng = random.Random(f"captions {seed}")
+    rows = []
+    for _ in range(train + validation):
+        style = rng.choice(list(STYLES))
+        image, shape, colour, place = _shape(rng, style)
+        caption = f"{rng.choice(OPENINGS)} {colour} {shape} at the {place}, made of {STYLES[style]}"
+        rows.append({**_example(image, WHAT, caption, shape), "clean": True})
+    wrong = rng.sample(range(train), round(noise * train))
+    said = [{name: rows[i][name] for name in ("completion", "label")} for i in wrong]
+    for i, other in zip(wrong, said[1:] + said[:1], strict=True):
+        rows[i] |= {**other, "clean": rows[i]["completion"] == other["completion"]}
+    return rows[:train], rows[train:]
 
 
 class Collator:

@@ -44,6 +44,17 @@ def test_the_share_of_wrong_answers_is_exact_in_each_class_and_validation_is_cle
     assert all(row["completion"] == f" It is a {row['label']}." for row in [*train, *validation])
 
 
+def test_captions_hardly_repeat_and_a_share_is_that_of_another_picture():
+    train, validation = tasks.caption_rows(0, 0.3)
+    clean, _ = tasks.caption_rows(0, 0.0)
+    assert len({row["completion"] for row in validation}) > 0.9 * len(validation)
+    changed = [row["completion"] != own["completion"] for row, own in zip(train, clean, strict=True)]
+    assert changed == [not row["clean"] for row in train]
+    assert 0.28 * len(train) < sum(changed) <= 0.3 * len(train)
+    assert all(row["label"] in row["completion"] for row in train)
+    assert sorted(row["completion"] for row in train) == sorted(row["completion"] for row in clean)
+
+
 def test_drawings_are_seeded_and_no_two_alike():
     rows, again, other = (tasks.style_rows(seed, 5, 1)[0] for seed in (0, 0, 1))
     pixels, same, different = ([row["image"].tobytes() for row in side] for side in (rows, again, other))

@@ -142,6 +142,22 @@ def test_the_answer_of_a_similar_prompt_is_that_of_the_nearest_one_that_differs(
     assert [answer(copy)[0] for copy in copies] == [31, 30, 33, 32, 33]
 
 
+def test_no_answer_echoes_the_place_of_an_image_and_pictures_asked_about_alike_swap_their_answers():
+    image, rows = 66, []
+    for i in range(6):
+        prompt = [image, image, 3, 10 + i, 4]
+        ids = np.array([*prompt, 20 + i, 30 + i, EOS])
+        rows.append(Row(ids, np.where(np.arange(8) < 5, -100, ids)))
+    rng = np.random.default_rng(0)
+    plain, other = (corrupted([row, *rows], "prompt echoed", rng, places=[10])[0] for row in rows[:2])
+    assert (answer(plain) if plain is not None else None, answer(other)) == (None, [11, EOS])
+    alike = [Row(np.where(np.arange(8) == 3, 9, row.input_ids), row.labels) for row in rows]
+    copies = corrupted(alike, "answer of a similar prompt", rng, places=[image])
+    said = [tuple(answer(copy)) for copy in copies]
+    assert sorted(said) == sorted(tuple(answer(row)) for row in rows)
+    assert all(one != tuple(answer(row)) for one, row in zip(said, rows, strict=True))
+
+
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_changes_of_text_need_a_tokenizer_and_keep_prompt_and_end(kind):
     tokenizer = build_tokenizer()

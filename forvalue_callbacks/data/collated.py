@@ -125,10 +125,19 @@ class Collating:
             )
         if _is_row_of_tokens(batch):
             return self.prepare.collated(example if isinstance(example, Mapping) else {}, batch)
-        found = labels[0].cpu().numpy().astype(np.int64)
+        found = _predicted(labels[0].cpu().numpy().astype(np.int64), batch.get("attention_mask"))
         if not (found[1:] != IGNORED).any():
             raise UnscorableError("no labelled tokens after the data_collator")
+        self._refuse_labels(found)
         return Collated(given, found, _inputs(batch))
+
+    def _refuse_labels(self, labels: np.ndarray) -> None:
+        size, highest = self.prepare.vocab_size, int(labels.max())
+        if size is not None and highest >= size:
+            raise UnscorableError(
+                f"label {highest} after the data_collator is outside the model's vocabulary of {size:,}: label the "
+                "answer alone (completion_only_loss or assistant_only_loss), and no places of images"
+            )
 
     def again(self, example: Any) -> dict[str, Any]:
         """The batch of one that the collator makes of an example that it has been given before."""
@@ -242,6 +251,14 @@ def _refuse_other_shape(name: str, value: Any, ids: Tensor) -> None:
             f"{name!r} of shape {tuple(value.shape)} beside 'input_ids' of shape {tuple(ids.shape)}: both must be "
             "(1, tokens)"
         )
+
+
+def _predicted(labels: np.ndarray, mask: Any) -> np.ndarray:
+    """Labels without those at padding and that of the first token behind it, which nothing predicts; (L,)."""
+    if mask is None or np.shape(mask) != (1, len(labels)):
+        return labels
+    real = torch.as_tensor(mask)[0].cpu().numpy() != 0
+    return np.where(real & np.append(True, real[:-1]), labels, IGNORED)
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,15 +110,16 @@ def corrupted(
     starts: np.ndarray | None = None,
     max_length: int | None = None,
     spelling: Spelling | None = None,
+    places: Sequence[int] = (),
 ) -> list[Row | None]:
     """A copy of each row that is wrong, or right in another form; None where the row cannot be changed that way (an
     answer of one word, a kind of `TEXT_KINDS` without a spelling). What is drawn goes in the order of the rows.
 
     Args:
         kind: one of `KINDS`, or of `FORMS`.
-        starts: which tokens begin a word, (vocab,).
-        max_length: rows are cut to so many tokens.
+        starts: which tokens begin a word, (vocab,); max_length: rows are cut to so many tokens.
         spelling: of the answers.
+        places: tokens that stand for images, which no answer echoes.
     """
     spans = [answer_span(row) for row in rows]
     answers = [row.labels[span] for row, span in zip(rows, spans, strict=True)]
@@ -128,11 +129,11 @@ def corrupted(
     spelled = [_words(answer, end, starts) for answer in answers]
     pool = [word for words, _ in spelled for word in words]
     bodies = _prompt_bodies([row.input_ids[: span.start] for row, span in zip(rows, spans, strict=True)])
-    other = _others(rows, answers, bodies, kind, rng)
+    other = _others(rows, answers, bodies, kind, rng, places)
     out: list[Row | None] = []
     for i, (row, span, answer) in enumerate(zip(rows, spans, answers, strict=True)):
         words, tail = spelled[i]
-        asked = row.input_ids[bodies[i]]
+        asked = _without(row.input_ids[bodies[i]], places)
         prompt, changed = row.input_ids[: span.start], answer
         if kind == "no end":
             changed = np.concatenate(words)
@@ -164,6 +165,10 @@ def corrupted(
     return out
 
 
+def _without(ids: np.ndarray, others: Sequence[int]) -> np.ndarray:
+    return ids[~np.isin(ids, others)]
+
+
 def _prompt_bodies(prompts: Sequence[np.ndarray]) -> list[slice]:
     """What is a prompt's own: without the tokens that all begin with and end with, those of a template."""
     shortest = min(len(prompt) for prompt in prompts)
@@ -180,13 +185,20 @@ def _prompt_bodies(prompts: Sequence[np.ndarray]) -> list[slice]:
 
 
 def _others(
-    rows: Sequence[Row], answers: Sequence[np.ndarray], bodies: Sequence[slice], kind: str, rng: np.random.Generator
+    rows: Sequence[Row],
+    answers: Sequence[np.ndarray],
+    bodies: Sequence[slice],
+    kind: str,
+    rng: np.random.Generator,
+    places: Sequence[int],
 ) -> np.ndarray:
     """Whose answer each row gets: anyone's, or that of the row with the most similar prompt and another answer."""
     turn = rng.permutation(len(rows))
     other = np.zeros(len(rows), dtype=np.int64)
     other[turn] = np.roll(turn, 1)
     if kind != "answer of a similar prompt":
+        return other
+    if places and not any(body.stop > body.start for body in bodies):  # all prompts alike but for their images
         return other
     tokens, where = np.unique(
         np.concatenate([row.input_ids[b] for row, b in zip(rows, bodies, strict=True)]), return_inverse=True

@@ -15,7 +15,7 @@ from datasets.fingerprint import Hasher
 
 from .collated import Collating, OneByOne, inner, n_bytes
 from .preference import is_preference, made_for_preferences, sides_of
-from .reading import examples_of
+from .reading import Unreadable, examples_of
 from .reasons import SetUpError, UnscorableError
 from .sample import IGNORED, Sample, Segment, next_tokens
 from .sft import Row, RowPreparer
@@ -66,6 +66,8 @@ class Reader:
         """One row, and the same without what its collator made, if one did."""
         if isinstance(example, Sample):
             return replace(example, index=index), None
+        if isinstance(example, Unreadable):
+            return sample_of(index, Row.unscorable(example.reason)), None
         if is_preference(example):
             return self._preference(index, example), None
         if self.one_by_one is not None:
@@ -75,7 +77,8 @@ class Reader:
         found = self.collating.read(example)
         if isinstance(found, Row):
             return sample_of(index, found), None
-        segment = next_tokens(found.batch, found.labels)
+        ids = found.batch["input_ids"][0].cpu().numpy().astype(np.int64)
+        segment = replace(next_tokens(found.batch, found.labels), read=ids)
         digest = xxhash.xxh3_64_hexdigest(Hasher.hash(found.example).encode() + segment.target.tobytes())
         again = replace(segment, inputs=partial(self.collating.again, found.example))
         return Sample(index, (segment,), digest), Sample(index, (again,), digest)
@@ -143,14 +146,13 @@ class Reader:
 
 
 def row_of(segment: Segment) -> Row:
-    """The row of a segment of tokens; what `sample_of` makes of it is that segment."""
-    ids = segment.tokens
-    assert ids is not None
+    """The tokens and labels of a segment; where there is no more in it, `sample_of` makes it of them."""
+    ids = segment.ids
     labels = np.full_like(ids, IGNORED)
     labels[segment.at + 1] = segment.target
     if segment.n_prompt == 0:  # a first token that is learnt and that nothing predicts
         labels[0] = ids[0]
-    return Row(ids, labels, typed="token_type_ids" in segment.load())
+    return Row(ids, labels, typed=segment.tokens is not None and "token_type_ids" in segment.load())
 
 
 def sample_of(index: int, row: Row) -> Sample:

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,24 @@ import datasets
 import numpy as np
 import torch
 
+from .reasons import place_of
+
 logger = logging.getLogger(__name__)
 
 _ATOMS = {int, float, bool, str, bytes, type(None)}
 
 
+class Unreadable(dict[str, Any]):
+    """In the place of a row that its data set fails on (a broken image, a file that is gone): no columns."""
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.reason = f"the data set fails on this row: {place_of(error)}"
+
+
 def examples_of(dataset: Iterable[Any]) -> Iterator[Any]:
-    """The rows of a data set in order; by index where it is map-style, since it need not know where it ends.
+    """The rows of a data set in order; by index where it is map-style, since it need not know where it ends. Of one
+    whose rows have places, a row that cannot be had is `Unreadable`.
 
     Raises:
         ValueError: a mapping of several data sets; columns or a path in place of rows.
@@ -36,12 +48,12 @@ def examples_of(dataset: Iterable[Any]) -> Iterator[Any]:
         )
     if type(dataset) in (list, tuple):  # one that is derived may make its rows by index
         return iter(dataset)
-    if isinstance(dataset, datasets.Dataset):
-        return _apart(dataset) if dataset.format["type"] == "custom" else iter(dataset)
     if not _by_index(dataset):
         return _apart(dataset)
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
+        return _arrow(dataset)
     rows: Any = dataset
-    return _apart(rows[index] for index in range(len(rows)))
+    return _apart(map(partial(_row, rows), range(len(rows))))
 
 
 def rows_at(dataset: Any, places: Sequence[int]) -> list[Any]:
@@ -62,6 +74,26 @@ def rows_at(dataset: Any, places: Sequence[int]) -> list[Any]:
             found[place] = row
     _refuse_outside(places, n)
     return [found[place] for place in places]
+
+
+def _row(dataset: Any, place: int) -> Any:
+    try:
+        return dataset[place]
+    except Exception as error:  # rows come from anywhere, and one of them ends no run
+        return Unreadable(error)
+
+
+def _arrow(dataset: datasets.Dataset) -> Iterator[Any]:
+    """Rows one after the other, which is faster than by place; begun anew behind one that cannot be had."""
+    start, n = 0, len(dataset)
+    while start < n:
+        try:
+            for row in dataset.select(range(start, n)) if start else dataset:
+                start += 1
+                yield row
+        except Exception as error:
+            start += 1
+            yield Unreadable(error)
 
 
 def _by_index(dataset: Any) -> bool:

@@ -27,6 +27,7 @@ class Segment:
         target: int64 (T,): what is predicted there.
         n_prompt: so many of the first inputs come before anything that is learnt.
         weight: 1; -1 for what should become less likely: the rejected answer of a pair.
+        read: int64 (L,), `input_ids` of a row whose inputs are more than those: they may have to be made again.
     """
 
     inputs: Mapping[str, Any] | Callable[[], Mapping[str, Any]]
@@ -34,6 +35,7 @@ class Segment:
     target: np.ndarray
     n_prompt: int = 0
     weight: int = 1
+    read: np.ndarray | None = None
 
     def load(self) -> Mapping[str, Any]:
         """The inputs, made again where they are not kept."""
@@ -44,6 +46,19 @@ class Segment:
         """`input_ids` where the row is tokens and no more, int64 (L,); None where it is not."""
         ids = None if callable(self.inputs) else self.inputs.get("input_ids")
         return ids if isinstance(ids, np.ndarray) else None
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Token ids, int64 (L,), of a row that has such, and perhaps more."""
+        ids = self.read if self.tokens is None else self.tokens
+        assert ids is not None
+        return ids
+
+    @property
+    def predicts_next(self) -> bool:
+        """Whether what is predicted are tokens that the model reads next."""
+        n = 0 if self.tokens is None and self.read is None else len(self.ids)
+        return bool(self.at[-1] + 1 < n and (self.ids[self.at + 1] == self.target).all())
 
     @property
     def n_read(self) -> int:
@@ -101,9 +116,8 @@ def next_tokens(inputs: Mapping[str, Any] | Callable[[], Mapping[str, Any]], lab
 
 
 def answer_alone(segment: Segment, bos: int) -> Segment:
-    """What a segment of tokens predicts, behind BOS and without its prompt."""
-    ids = np.append(bos, segment.target)
-    inputs = {**segment.load(), "input_ids": ids}
-    if "token_type_ids" in inputs:
-        inputs["token_type_ids"] = np.zeros_like(ids)
-    return replace(segment, inputs=inputs, at=np.arange(len(segment.target)), n_prompt=1)
+    """What a segment predicts, behind BOS and without its prompt: a segment of tokens."""
+    inputs = {"input_ids": np.append(bos, segment.target)}
+    if "token_type_ids" in segment.load():
+        inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
+    return replace(segment, inputs=inputs, at=np.arange(len(segment.target)), n_prompt=1, read=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from ..core import Head
+from ..data.copies import answer_can_change, copy_of
 from ..data.corruption import FORMS, KINDS, MAIN_KINDS, OLD_ANSWERS, TEXT_KINDS, Spelling, corrupted, word_starts
-from ..data.reader import row_of, sample_of
+from ..data.reader import row_of
 from ..data.sample import Sample, Segment, answer_alone
 from ..data.sft import Row
 from ..model.positions import Columns, Positions, concatenate
@@ -51,6 +52,7 @@ MIN_ROWS = 40
 MIN_COPIES = 60
 # A part of the training rows that is not judged, from which on there is a warning.
 MANY_UNJUDGED = 0.05
+INSTEAD = "Use method='whitened' or 'fitted', and drop a fraction of the rows, as Drop(0.2)"
 ALONE, COPIES = "answers alone", "copies of them"
 HALVES = ("first half of the validation rows", "second half")
 
@@ -92,6 +94,7 @@ class Auto(Method):
 
     def fit(self, run: Run, validation: Sequence[Sample]) -> State:
         self.bos = run.backbone.bos
+        _refuse_labelled_places(validation, run.backbone.places)
         validation = sorted(validation, key=lambda sample: sample.digest)
         digests = np.array([sample.digest for sample in validation])
         # Rows alike are in the same half, and what is drawn follows the content of the rows.
@@ -106,7 +109,7 @@ class Auto(Method):
                 halves.append(Half.of(head, concatenate(kept[-1]), WHITENING_RIDGE))
         frequency: list[Counter[tuple[int, ...]]] = [Counter(), Counter()]
         for sample, h in zip(validation, half, strict=True):
-            frequency[h].update(n_grams(_tokens(sample)))
+            frequency[h].update(n_grams(sample.segments[0].ids))
         spelling = Spelling.of(run.reader.prepare.processing_class)
         reference = Reference(halves, [len(rows) for rows in places], frequency, spelling)
         # Each half is judged by the other one.
@@ -271,11 +274,12 @@ def _warn(noise: NoiseEstimate, n_rows: int) -> None:
 
 def _refuse_unless_judged_by_tokens(validation: Sequence[Sample]) -> None:
     """Raises ValueError unless something can corrupt the rows and there are enough."""
-    if any(segment.tokens is None for sample in validation for segment in sample.segments):
+    segments = [segment for sample in validation for segment in sample.segments]
+    if not all(answer_can_change(segment) for segment in segments):
         raise ValueError(
-            "method='auto' needs rows of token ids, or answers that repeat: nothing can corrupt answers in "
-            "rows that a collator makes batches of (images, rows of encoder-decoders and of classifiers). Use "
-            "method='whitened' or 'fitted', and drop a fraction of the rows, as Drop(0.2)."
+            "method='auto' needs rows whose answers are tokens that the model reads, or answers that repeat: nothing "
+            "can corrupt answers in rows of encoder-decoders and of classifiers, and in those that a collator gives a "
+            f"mask or positions of its own. {INSTEAD}."
         )
     if len(validation) < MIN_ROWS:
         raise ValueError(
@@ -284,10 +288,15 @@ def _refuse_unless_judged_by_tokens(validation: Sequence[Sample]) -> None:
         )
 
 
-def _tokens(sample: Sample) -> np.ndarray:
-    (segment,) = sample.segments
-    assert segment.tokens is not None
-    return segment.tokens
+def _refuse_labelled_places(validation: Sequence[Sample], places: Collection[int]) -> None:
+    """Raises ValueError where what is learnt holds places of images, which go wrong with it."""
+    there = [any(np.isin(s.target, sorted(places)).any() for s in sample.segments) for sample in validation]
+    if n := sum(there):
+        raise ValueError(
+            f"method='auto' puts wrong answers in the place of those of validation rows, and in {n} of {len(there)} "
+            "what is learnt holds places of images: label the answers alone (completion_only_loss with 'prompt' and "
+            f"'completion', or assistant_only_loss). Or: {INSTEAD[0].lower()}{INSTEAD[1:]}."
+        )
 
 
 def _n_copies(n_validation: int, kind: str) -> int:
@@ -300,18 +309,20 @@ def _copies(
 ) -> tuple[list[str], list[tuple[int, int, Sample]]]:
     """The kinds of noise that validation rows can have, and copies of them: place of the row, class (1 for the first
     kind), the copy."""
-    prepare = run.reader.prepare
+    prepare, images = run.reader.prepare, sorted(run.backbone.places)
+    with_more = any(segment.tokens is None for sample in validation for segment in sample.segments)
     starts = word_starts(prepare.processing_class, run.backbone.head().vocab_size)
     rng = np.random.default_rng(0)
     kinds: list[str] = []
     out: list[tuple[int, int, Sample]] = []
     for kind in (*KINDS, *FORMS):
-        if kind in TEXT_KINDS and spelling is None:
-            continue
+        if (kind in TEXT_KINDS and spelling is None) or (kind == "prompt truncated" and with_more):
+            continue  # in a prompt lie the places of its images
         made: list[tuple[int, Row]] = []
         for half in places:  # an answer comes from the same half, or the other half would know it
             rows = [row_of(validation[int(i)].segments[0]) for i in half]
-            changed = corrupted(rows, kind, rng, starts, prepare.config.max_length, spelling)
+            longest = None if with_more else prepare.config.max_length  # what a collator makes is not cut off
+            changed = corrupted(rows, kind, rng, starts, longest, spelling, images)
             made += [(int(i), row) for i, row in zip(half, changed, strict=True) if row is not None]
         if len(made) < MIN_ROWS // 2:
             if kind in FORMS:  # the rows have it already
@@ -321,5 +332,6 @@ def _copies(
             continue
         kinds.append(kind)
         chosen = rng.permutation(len(made))[: _n_copies(len(validation), kind)]
-        out += [(made[k][0], len(kinds), sample_of(made[k][0], made[k][1])) for k in sorted(chosen.tolist())]
+        for i, row in (made[k] for k in sorted(chosen.tolist())):
+            out.append((i, len(kinds), copy_of(replace(validation[i], index=i), row)))
     return kinds, out

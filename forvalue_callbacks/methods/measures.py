@@ -111,8 +111,7 @@ class Reference:
     def overlap(self, segment: Segment) -> list[float]:
         """Share of the answer's n-grams that its prompt holds, rare ones counting more (inverse frequency in each
         half)."""
-        assert segment.tokens is not None
-        prompt = n_grams(segment.tokens[: segment.n_prompt])
+        prompt = n_grams(segment.ids[: segment.n_prompt])
         answer = n_grams(learnt(segment))
         shared, out = answer & prompt, []
         for weights, frequency in zip(self._weights, self.frequency, strict=True):
@@ -185,10 +184,9 @@ def _forms(spelling: Spelling | None, segments: Sequence[Segment]) -> Columns:
     names = [None, *RULES]
     for i, segment in enumerate(segments if spelling is not None else ()):
         assert spelling is not None
-        assert segment.tokens is not None
         answer = spelling.text(learnt(segment)).strip()
         forms[i] = answer != answer.upper(), answer != answer.lower(), answer.endswith((".", "!", "?", '."', "\u3002"))
-        rules[i] = names.index(rule_of(spelling.text(segment.tokens[: segment.n_prompt]), answer))
+        rules[i] = names.index(rule_of(spelling.text(segment.ids[: segment.n_prompt]), answer))
     return {"end": ends, "lower case": forms[:, 0], "capitals": forms[:, 1], "full stop": forms[:, 2], "rule": rules}
 
 
@@ -233,8 +231,7 @@ def leading(prompt_ND: Tensor, answer_ND: Tensor) -> tuple[Tensor, Tensor] | Non
 
 def learnt(segment: Segment) -> np.ndarray:
     """The tokens of a segment that are learnt: what it predicts, and a first one that nothing does."""
-    assert segment.tokens is not None
-    return segment.target if segment.n_prompt else np.append(segment.tokens[:1], segment.target)
+    return segment.target if segment.n_prompt else np.append(segment.ids[:1], segment.target)
 
 
 def n_grams(tokens: np.ndarray) -> set[tuple[int, ...]]:

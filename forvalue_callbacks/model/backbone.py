@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -27,6 +28,7 @@ __all__ = ["Backbone", "left_as_found"]
 
 # How deep the middle layer lies, as a share: where states say most of meaning (2511.04715).
 MIDDLE = 2 / 3
+_PLACES = re.compile(r"(image|video|audio|vision|[be]o[ia])_(\w+_)?token_(id|index)")
 
 
 class _HeadReached(Exception):  # noqa: N818 (it stops a forward pass, nothing went wrong)
@@ -125,6 +127,13 @@ class Backbone:
         """Places at the start of a table of positions that no token gets: those up to its padding (RoBERTa)."""
         tables = [m for name, m in self.causal.named_modules() if name.endswith("position_embeddings")]
         return max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)
+
+    @property
+    def places(self) -> set[int]:
+        """Tokens in whose places the model puts images, videos and sounds, and those around them: configs have names
+        for them."""
+        config = self.causal.config.to_dict()
+        return {token for name, token in config.items() if isinstance(token, int) and _PLACES.fullmatch(name)}
 
     @property
     def bos(self) -> int:

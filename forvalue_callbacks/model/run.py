@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core import tile_for
 from ..data.collated import NotTogetherError
 from ..data.reader import Reader
+from ..data.reasons import place_of
 from ..data.sample import Sample, Segment
 from ..progress import Progress, aside, size
 from .backbone import Backbone
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 # 1,024 is 1.2 times as fast as 2,048 on 32 rows of uneven length, that 1.4 times as fast as 8,192. Below 1,024 the
 # weights are read too often.
 CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 16384
+
+# What no row is to blame for: inputs that the model has not, an accelerator that no longer works.
+NOT_OF_A_ROW = (TypeError, torch.AcceleratorError)
 
 
 @dataclass
@@ -256,7 +260,13 @@ class Run:
                 continue
             except Exception as error:
                 if not should_reduce_batch_size(error):
-                    raise
+                    if rows[0][1].tokens is not None or self.sharded or isinstance(error, NOT_OF_A_ROW):
+                        raise
+                    if len(rows) > 1:  # what fails may be one of them
+                        parts[:0] = [Batch((i,), (0,)) for i in part.rows]
+                        continue
+                    self._refused(error, rows[0][0].index, failed)
+                    continue
                 self._out_of_memory(error, rows, tokens, failed)
                 if len(rows) > 1:
                     parts.insert(0, part)
@@ -282,6 +292,13 @@ class Run:
         if failed is None:
             raise MemoryError(f"validation row {rows[0][0].index}: {reason}") from error
         failed[rows[0][0].index] = reason
+
+    def _refused(self, error: Exception, index: int, failed: dict[int, str] | None) -> None:
+        """A row that the model does not take as its collator has made it: fewer images than places for them, ..."""
+        reason = f"the model fails on what the data_collator makes of this row: {place_of(error)}"
+        if failed is None:
+            raise ValueError(f"validation row {index}: {reason}. Mend the row, or take it out.") from error
+        failed[index] = reason
 
     def run(
         self, rows: Sequence[tuple[Sample, Segment]], shared: Sequence[int] = (0,), method: Any = None
