@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ForValueConfig
-    from .policies import Drop, Keep, Relabel, Reweight, Swap, Threshold
+    from .policies import Drop, Keep, Relabel, Reweight, Swap, Threshold, filter_stream
     from .scorer import ForValueScorer
     from .scores.scores import ForValueScores
     from .tiny import TINY_MODEL
@@ -32,6 +32,7 @@ _HOME = {
     "Swap": "policies",
     "Reweight": "policies",
     "Threshold": "policies",
+    "filter_stream": "policies",
     "install_sampler": "trainer.sampler",
     "prefilter": "trainer.prefilter",
     "value": "trainer.value",
@@ -51,6 +52,7 @@ __all__ = [
     "Reweight",
     "Swap",
     "Threshold",
+    "filter_stream",
     "install_sampler",
     "prefilter",
     "value",

@@ -78,6 +78,11 @@ class Policy:
             )
         return weights
 
+    def cut(self, scores: np.ndarray) -> float:
+        """The score that a row must have to stay where rows are judged one by one: the lowest kept of these (n,)."""
+        kept = self._weights(scores, np.zeros(len(scores), dtype=np.int64)) > 0
+        return float(scores[kept].min())
+
     def _weights(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Weights (n,) of n rows that all have a finite score; groups (n,) numbered 0, 1, ... (0 without groups)."""
         raise NotImplementedError
@@ -96,7 +101,7 @@ class Policy:
 
     def then(self, other: Policy) -> Chain:
         """This policy, then `other` on the rows it kept; weights multiply."""
-        return Chain((*_parts(self), *_parts(other)))
+        return Chain((*parts(self), *parts(other)))
 
     def __str__(self) -> str:
         """The form that `parse_policy` reads."""
@@ -167,6 +172,9 @@ class Threshold(Policy):
     def __post_init__(self) -> None:
         if not np.isfinite(self.below):
             raise ValueError(f"Threshold: below must be a finite number, not {self.below}")
+
+    def cut(self, scores: np.ndarray) -> float:
+        return self.below
 
     def _weights(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         keep = scores >= self.below
@@ -250,6 +258,12 @@ class Chain(Policy):
             weights = weights * policy(np.where(weights > 0, scores, np.nan), groups)
         return weights
 
+    def cut(self, scores: np.ndarray) -> float:
+        cut = -np.inf
+        for policy in self.policies:
+            cut = max(cut, policy.cut(scores[scores >= cut]))
+        return cut
+
     def __str__(self) -> str:
         return "+".join(map(str, self.policies))
 
@@ -277,7 +291,8 @@ def describe(weights: np.ndarray) -> dict[str, float]:
     }
 
 
-def _parts(policy: Policy) -> tuple[Policy, ...]:
+def parts(policy: Policy) -> tuple[Policy, ...]:
+    """The policies of a chain, or the one that it is."""
     return policy.policies if isinstance(policy, Chain) else (policy,)
 
 
