@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ForValueConfig
-    from .policies import Drop, Keep, Relabel, Reweight, Swap, Threshold, filter_stream
+    from .policies import Drop, Keep, Relabel, Reweight, Swap, Threshold
     from .scorer import ForValueScorer
     from .scores.scores import ForValueScores
+    from .streaming import filter_stream
     from .tiny import TINY_MODEL
     from .trainer.callback import ForValueCallback
     from .trainer.prefilter import prefilter
@@ -32,7 +33,7 @@ _HOME = {
     "Swap": "policies",
     "Reweight": "policies",
     "Threshold": "policies",
-    "filter_stream": "policies",
+    "filter_stream": "streaming",
     "install_sampler": "trainer.sampler",
     "prefilter": "trainer.prefilter",
     "value": "trainer.value",

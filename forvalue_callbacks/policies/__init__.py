@@ -5,7 +5,6 @@
     weights = Drop(0.2).then(Reweight(0.5))(scores.values)          # reweight what is left
     policy = parse_policy("drop:0.2@label+reweight:0.5")            # the same from YAML; str(policy) gives it back
     weights = keep_in_turn(scorer.pairwise(rows), 0.05)             # several aims: each validation row chooses in turn
-    clean = filter_stream(stream.map(transform, batched=True), "drop:0.3")  # rows as they come
     policy = Relabel(0.95)                                          # other answers where they are surely right
     policy = Swap(policy=Drop(0.2))                                 # pairs the other way round
 
@@ -13,9 +12,8 @@ Policies are frozen dataclasses: equal by value, and `repr` and `str` both say e
 """
 
 from .parse import as_policy, parse_policy
-from .policy import Chain, Drop, Keep, Policy, Reweight, Threshold, describe, effective_sample_size
+from .policy import Chain, Drop, Keep, Policy, Reweight, Threshold, describe, effective_sample_size, parts
 from .relabel import Relabel, Swap
-from .stream import filter_stream
 from .turns import keep_in_turn
 
 __all__ = [
@@ -30,7 +28,7 @@ __all__ = [
     "as_policy",
     "describe",
     "effective_sample_size",
-    "filter_stream",
     "keep_in_turn",
     "parse_policy",
+    "parts",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from numbers import Integral
 from typing import Any
 
@@ -36,6 +37,11 @@ class Policy:
     def reweights(self) -> bool:
         """Whether rows that are kept have different weights."""
         return False
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the scored rows that stays, where that is known before the scores are; else 1."""
+        return 1.0
 
     @property
     def relabels(self) -> bool:
@@ -131,6 +137,10 @@ class Drop(Policy):
     def needs_log_odds(self) -> bool:
         return self.fraction == "auto"
 
+    @property
+    def kept_share(self) -> float:
+        return 1.0 if isinstance(self.fraction, str) else 1 - self.fraction
+
     def _weights(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         if isinstance(self.fraction, str):
             return Threshold(0.0, group_column=self.group_column)._weights(scores, groups)
@@ -157,6 +167,10 @@ class Keep(Policy):
                 raise ValueError(f"Keep: a count must be at least 1, not {self.amount}")
         elif isinstance(self.amount, bool) or not 0 < self.amount <= 1:
             raise ValueError(f"Keep: amount must be a float in (0, 1] or a count as int, not {self.amount!r}")
+
+    @property
+    def kept_share(self) -> float:
+        return 1.0 if isinstance(self.amount, Integral) else float(self.amount)
 
     def _weights(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         n_keep = self.amount if isinstance(self.amount, Integral) else round(self.amount * len(scores))
@@ -250,6 +264,10 @@ class Chain(Policy):
     @property
     def reweights(self) -> bool:
         return any(policy.reweights for policy in self.policies)
+
+    @property
+    def kept_share(self) -> float:
+        return prod(policy.kept_share for policy in self.policies)
 
     def __call__(self, scores: np.ndarray, groups: Sequence[Any] | None = None) -> np.ndarray:
         scores = np.asarray(scores, dtype=np.float64)

@@ -23,11 +23,11 @@ from ..scores.scores import ForValueScores
 from ..scores.writer import remove_parts
 from .evaluation import refuse_other_text, trainer_of, validation_rows
 from .page import write_report
-from .refusals import groups_of, has_preferences, refuse_other_rows, refuse_policy, refuse_trainer
-from .sampler import INSTEAD, find_sampler, install_sampler
+from .refusals import has_preferences, refuse_policy, refuse_trainer
+from .rows import rows_of
+from .sampler import INSTEAD
 from .settings import (
     SCORES_FILE,
-    apply_policy,
     checked_config,
     folder_of,
     kept_scores,
@@ -46,6 +46,11 @@ class ForValueCallback(TrainerCallback):
     one of the same length that draws row i `w_i * N / sum(w)` times per epoch. Steps, learning-rate schedule and
     resuming stay as configured: the places of dropped rows go to kept rows. For fewer steps instead, call `prefilter`
     before `trainer.train()`.
+
+    Of a stream (`IterableDataset`) the rows that the run takes are scored, and as many more as the policy says that it
+    drops (`Drop(0.2)`: 1.25 times as many), before the first step too: the policy judges them together as those of a
+    `Dataset`. Training then reads the stream without those dropped; should the kept ones run out, it begins there
+    again. One score, reason and digest of a row are held in memory. Rows without a score stay.
 
     The scores lie in `output_dir/forvalue_scores.parquet` and in every checkpoint. A resumed run reuses them, since
     its weights are no longer those that the scores came from; a new run reuses them if nothing has changed. What is
@@ -68,11 +73,11 @@ class ForValueCallback(TrainerCallback):
 
     Raises:
         TypeError: a policy or config that is none.
-        ValueError: (from `trainer.train()`, before any row is scored) packed rows, streaming data, rows that are no
-            labelled answers (GRPO, reward, ...), a loader that cannot draw by weight, `Drop("auto")` without log odds,
-            no evaluation rows for "eval", groups that do not fit, scores of other rows, an output folder that cannot
-            be written, a second `ForValueCallback`, a model whose head cannot be described; (once scored) a policy
-            that drops all.
+        ValueError: (from `trainer.train()`, before any row is scored) packed rows, rows that are no labelled
+            answers (GRPO, reward, ...), a stream that cannot be read twice alike or a policy that a stream cannot
+            follow, a loader that cannot draw by weight, `Drop("auto")` without log odds, no evaluation rows for
+            "eval", groups that do not fit, scores of other rows, an output folder that cannot be written, a second
+            `ForValueCallback`, a model whose head cannot be described; (once scored) a policy that drops all.
     """
 
     _living: ClassVar[WeakSet[ForValueCallback]] = WeakSet()
@@ -145,11 +150,10 @@ class ForValueCallback(TrainerCallback):
         self._refuse_another(state)
         if not hasattr(train_dataloader, "dataset"):
             raise ValueError(f"a {type(train_dataloader).__name__} as data loader has no dataset. {INSTEAD}")
-        dataset = train_dataloader.dataset
-        refuse_trainer(args, dataset)
+        refuse_trainer(args, train_dataloader.dataset, streams=True)
         refuse_policy(self.policy, self._log_odds)
-        find_sampler(train_dataloader, len(dataset))
-        groups = groups_of(self.policy, dataset, self.groups)
+        rows = rows_of(train_dataloader, self.policy, self.groups, args, state)
+        dataset = rows.dataset
         progress = progress_of(args, self.verbose)
         file = scores_file(args)
         made_anew, started = False, time.perf_counter()
@@ -161,10 +165,11 @@ class ForValueCallback(TrainerCallback):
             data_collator=train_dataloader.collate_fn,
             progress=progress,
         )
+        rows.look(scorer.run.reader)
         again = self._began_again(args, scorer, dataset)
         if self._given:
             assert self.scores is not None
-            refuse_other_rows(self.scores, scorer, dataset)
+            rows.refuse_others(self.scores, scorer)
         elif not again:
             saved = kept_scores(args, state, scorer, dataset, self.scores, progress)
             made_anew = saved is None
@@ -175,20 +180,21 @@ class ForValueCallback(TrainerCallback):
             self.scores.save(file)  # before a policy can refuse them
             remove_parts(file)
         seconds = time.perf_counter() - started
-        chosen = apply_policy(self.policy, self.scores, dataset, groups)
+        chosen = rows.weights(self.scores)
         self.weights = np.ones(len(chosen)) if self.dry_run else chosen
         if not self.dry_run:
             seed = args.seed if args.data_seed is None else args.data_seed
-            install_sampler(train_dataloader, self.weights, seed=seed)
-        found = numbers(self.scores, self.weights, seconds, chosen if self.dry_run else None)
+            rows.install(scorer.run.reader, self.scores, self.weights, seed)
+        drawn = not rows.streamed
+        found = numbers(self.scores, self.weights, seconds, chosen if self.dry_run else None, drawn)
         state.log_history.append({**found, "epoch": state.epoch or 0.0, "step": state.global_step})
         if again:
             progress.say("For-Value: the run begins again, with the scores made before its first step")
             return
-        warn_of_unscored(self.scores, self.dry_run)
+        warn_of_unscored(self.scores, self.dry_run, rows.streamed)
         if first:
             report(args, state.global_step, found)
-        options = {"drawn": True, "dry_run": self.dry_run, "preferences": has_preferences(dataset)}
+        options = {"drawn": drawn, "dry_run": self.dry_run, "preferences": has_preferences(dataset)}
         progress.say(lines(self.scores, chosen, self.policy, seconds if made_anew else None, **options))
         if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
             write_report(args, scorer, self.scores, dataset, chosen, self.policy)

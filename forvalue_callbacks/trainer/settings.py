@@ -65,12 +65,14 @@ def progress_of(args: TrainingArguments, verbose: bool) -> Progress:
     return Progress(lines=speaks, bars=speaks and not args.disable_tqdm)
 
 
-def warn_of_unscored(scores: ForValueScores, dry_run: bool = False) -> None:
+def warn_of_unscored(scores: ForValueScores, dry_run: bool = False, streamed: bool = False) -> None:
+    """Says how many rows have no score and why, and that they are not trained on, but for those of streams."""
     reasons = grouped_reasons(scores.reasons)
     if reasons:
         n = sum(count for count, _ in reasons)
         listed = "; ".join(f"{count} x {reason}" for count, reason in reasons[:3])
         what = "would not be trained on but for the dry run" if dry_run else "are not trained on"
+        what = "are trained on" if streamed else what
         logger.warning("%d rows have no score and %s: %s", n, what, listed)
 
 

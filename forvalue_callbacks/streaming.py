@@ -1,18 +1,15 @@
-"""Policies on a stream of scored rows: a cut is learnt on the first of them, and each row is judged by itself."""
+"""filter_stream for `IterableDataset`: a cut is learnt on its first scored rows, and each row is judged by itself."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 
-from .parse import as_policy
-from .policy import Keep, Policy, parts
-
-logger = logging.getLogger(__name__)
+from .policies import Keep, Policy, as_policy, parts
+from .progress import Progress
 
 # So many rows are read before the first is judged, if no other number is given.
 WINDOW = 1000
@@ -30,8 +27,8 @@ def filter_stream(stream: Any, policy: Policy | str | None = None, window: int =
     itself, the same in every epoch, and no row of the stream is held in memory. Where the first rows are unlike the
     later ones, another share than that of the policy goes: shuffle the stream first.
 
-    Rows without a score stay, with their `forvalue_reason`. What is kept and dropped is in the log, first after
-    `window` rows of a process and then whenever their number has doubled.
+    Rows without a score stay, with their `forvalue_reason`. What is kept and dropped is said, first after `window`
+    rows of a process and then whenever their number has doubled.
 
     Args:
         stream: a `datasets.IterableDataset` with the column `forvalue_score`.
@@ -55,12 +52,9 @@ def filter_stream(stream: Any, policy: Policy | str | None = None, window: int =
     scores = np.array([_score(row) for row in stream.take(window)])
     kept = int((policy(scores) > 0).sum())
     cut = policy.cut(scores[np.isfinite(scores)])
-    logger.info(
-        "For-Value: %s keeps %d of the first %d rows of the stream: rows that score less than %.6g are dropped",
-        policy,
-        kept,
-        len(scores),
-        cut,
+    Progress().say(
+        f"For-Value: {policy} keeps {kept:,} of the first {len(scores):,} rows of the stream: rows that score less "
+        f"than {cut:.6g} are dropped"
     )
     return stream.filter(_Above(cut, window))
 
@@ -82,13 +76,9 @@ class _Above:
         self.unscored += not scored
         if self.kept + self.dropped == self.next_report:
             self.next_report *= 2
-            logger.info(
-                "For-Value: of %d rows of the stream %d are kept (%d of them without a score, forvalue_reason says "
-                "why) and %d dropped",
-                self.kept + self.dropped,
-                self.kept,
-                self.unscored,
-                self.dropped,
+            Progress().say(
+                f"For-Value: of {self.kept + self.dropped:,} rows of the stream {self.kept:,} are kept "
+                f"({self.unscored:,} of them without a score: forvalue_reason says why) and {self.dropped:,} dropped"
             )
         return keeps
 
