@@ -213,6 +213,7 @@ def test_where_the_kept_rows_of_a_longer_stream_run_out_they_come_again(tmp_path
     assert "another than when it was scored" not in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # transformers 4 with bf16 on a CPU
 def test_sft_with_its_default_precision_has_the_scores_of_a_data_set(tmp_path):
     rows, validation = instructions(40, seed=0, noise=0.2), instructions(20, seed=1)
     streamed, loaded = (ForValueCallback(validation, Drop(0.25)) for _ in range(2))

@@ -23,9 +23,8 @@ from ..scores.scores import ForValueScores
 from ..scores.writer import remove_parts
 from .evaluation import refuse_other_text, trainer_of, validation_rows
 from .page import write_report
-from .refusals import has_preferences, refuse_policy, refuse_trainer
+from .refusals import has_preferences, refuse_policy
 from .rows import rows_of
-from .sampler import INSTEAD
 from .settings import (
     SCORES_FILE,
     checked_config,
@@ -148,9 +147,6 @@ class ForValueCallback(TrainerCallback):
     ) -> None:
         first = args.process_index == 0
         self._refuse_another(state)
-        if not hasattr(train_dataloader, "dataset"):
-            raise ValueError(f"a {type(train_dataloader).__name__} as data loader has no dataset. {INSTEAD}")
-        refuse_trainer(args, train_dataloader.dataset, streams=True)
         refuse_policy(self.policy, self._log_odds)
         rows = rows_of(train_dataloader, self.policy, self.groups, args, state)
         dataset = rows.dataset

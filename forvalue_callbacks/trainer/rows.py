@@ -17,8 +17,8 @@ from ..data.reader import Reader
 from ..policies import Policy
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
-from .refusals import groups_of, refuse_other_rows
-from .sampler import find_sampler, install_sampler
+from .refusals import groups_of, refuse_other_rows, refuse_trainer
+from .sampler import INSTEAD, find_sampler, install_sampler
 from .settings import apply_policy
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,14 @@ class KeptRows(IterableDataset[Any]):
 def rows_of(
     loader: Any, policy: Policy, groups: Sequence[Any] | None, args: TrainingArguments, state: TrainerState
 ) -> DrawnRows | StreamedRows:
-    """The training rows of a loader, refused for what cannot be done with them."""
+    """The training rows of a trainer's loader.
+
+    Raises:
+        ValueError: no rows, or such as cannot be trained on by their scores.
+    """
+    if not hasattr(loader, "dataset"):
+        raise ValueError(f"a {type(loader).__name__} as data loader has no dataset. {INSTEAD}")
+    refuse_trainer(args, loader.dataset, streams=True)
     if isinstance(loader.dataset, IterableDataset):
         return StreamedRows(loader, policy, groups, args, state)
     return DrawnRows(loader, policy, groups)
