@@ -16,7 +16,7 @@ from ..data.reading import kept
 from ..methods import METHODS
 from ..model.ranks import of_all_ranks, together
 from ..policies import Policy, as_policy
-from ..progress import speaking
+from ..progress import Progress, speaking
 from ..report.words import lines, numbers
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
@@ -24,7 +24,7 @@ from ..scores.writer import remove_parts
 from .evaluation import refuse_other_text, trainer_of, validation_rows
 from .page import write_report
 from .refusals import has_preferences, refuse_policy
-from .rows import rows_of
+from .rows import DrawnRows, StreamedRows, rows_of
 from .settings import (
     SCORES_FILE,
     checked_config,
@@ -68,6 +68,9 @@ class ForValueCallback(TrainerCallback):
         verbose: say what is done and found, with a bar where the trainer's own bars are shown, and write the report.
         dry_run: score, report, and train on every row as without the callback; it is said what the policy would drop.
 
+        rescore_epochs: score all rows again after so many epochs each time, with the weights as they are then; None:
+            once, before the first step, as the method is published. What was dropped may come back.
+
     After scoring, `scores` (`ForValueScores`) and `weights` (float64 (N,), all one in a dry run) can be read.
 
     Raises:
@@ -91,6 +94,7 @@ class ForValueCallback(TrainerCallback):
         groups: Sequence[Any] | None = None,
         verbose: bool = True,
         dry_run: bool = False,
+        rescore_epochs: int | None = None,
     ):
         refuse_other_text(validation_dataset)
         self.validation_dataset = kept(validation_dataset)
@@ -101,13 +105,17 @@ class ForValueCallback(TrainerCallback):
         self.weights: np.ndarray | None = None
         self.verbose = verbose
         self.dry_run = dry_run
+        self.rescore_epochs = rescore_epochs
         self._given = self.scores is not None
         self._running = False
         self._control: TrainerControl | None = None
         self._state: TrainerState | None = None
-        if validation_dataset is None and not self._given and METHODS[self.config.method].needs_validation:
+        if rescore_epochs is not None and rescore_epochs < 1:
+            raise ValueError(f"rescore_epochs is {rescore_epochs}: give a number of epochs, 1 or more, or None.")
+        scores_rows = not self._given or rescore_epochs is not None
+        if validation_dataset is None and scores_rows and METHODS[self.config.method].needs_validation:
             raise TypeError("the validation_dataset is None: give clean rows of the kind to become good at")
-        refuse_policy(self.policy, self._log_odds)
+        refuse_policy(self.policy, self._log_odds and (not scores_rows or self.config.gives_log_odds))
         if self.policy.relabels:
             raise ValueError(f"{self.policy} gives rows other answers, and a callback cannot: use prefilter.")
         self._living.add(self)
@@ -149,18 +157,13 @@ class ForValueCallback(TrainerCallback):
         self._refuse_another(state)
         refuse_policy(self.policy, self._log_odds)
         rows = rows_of(train_dataloader, self.policy, self.groups, args, state)
+        if rows.streamed and self.rescore_epochs is not None:
+            raise ValueError("streaming data is scored before the first step alone: leave rescore_epochs out.")
         dataset = rows.dataset
         progress = progress_of(args, self.verbose)
         file = scores_file(args)
         made_anew, started = False, time.perf_counter()
-        scorer = ForValueScorer(
-            model,
-            self._validation(state),
-            **settings_of(args, self.config, train_dataloader.collate_fn),
-            processing_class=processing_class,
-            data_collator=train_dataloader.collate_fn,
-            progress=progress,
-        )
+        scorer = self._scorer(args, state, model, train_dataloader, processing_class, progress)
         rows.look(scorer.run.reader)
         again = self._began_again(args, scorer, dataset)
         if self._given:
@@ -176,24 +179,88 @@ class ForValueCallback(TrainerCallback):
             self.scores.save(file)  # before a policy can refuse them
             remove_parts(file)
         seconds = time.perf_counter() - started
+        chosen = self._install(args, state, rows, scorer, seconds, new=not again)
+        if again:
+            progress.say("For-Value: the run begins again, with the scores made before its first step")
+            return
+        warn_of_unscored(self.scores, self.dry_run, rows.streamed)
+        options = {"drawn": not rows.streamed, "dry_run": self.dry_run, "preferences": has_preferences(dataset)}
+        progress.say(lines(self.scores, chosen, self.policy, seconds if made_anew else None, **options))
+        if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
+            write_report(args, scorer, self.scores, dataset, chosen, self.policy)
+
+    def _scorer(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: Any,
+        train_dataloader: Any,
+        processing_class: Any,
+        progress: Progress,
+    ) -> ForValueScorer:
+        return ForValueScorer(
+            model,
+            self._validation(state),
+            **settings_of(args, self.config, train_dataloader.collate_fn),
+            processing_class=processing_class,
+            data_collator=train_dataloader.collate_fn,
+            progress=progress,
+        )
+
+    def _install(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        rows: DrawnRows | StreamedRows,
+        scorer: ForValueScorer,
+        seconds: float,
+        new: bool = True,
+    ) -> np.ndarray:
+        """Trains by the scores from here on, and logs what that means (to trackers where they are `new`).
+
+        Returns:
+            The weights of the policy, (N,), installed unless this is a dry run.
+        """
+        assert self.scores is not None
         chosen = rows.weights(self.scores)
         self.weights = np.ones(len(chosen)) if self.dry_run else chosen
         if not self.dry_run:
             seed = args.seed if args.data_seed is None else args.data_seed
             rows.install(scorer.run.reader, self.scores, self.weights, seed)
-        drawn = not rows.streamed
-        found = numbers(self.scores, self.weights, seconds, chosen if self.dry_run else None, drawn)
+        found = numbers(self.scores, self.weights, seconds, chosen if self.dry_run else None, not rows.streamed)
         state.log_history.append({**found, "epoch": state.epoch or 0.0, "step": state.global_step})
-        if again:
-            progress.say("For-Value: the run begins again, with the scores made before its first step")
-            return
-        warn_of_unscored(self.scores, self.dry_run, rows.streamed)
-        if first:
+        if new and args.process_index == 0:
             report(args, state.global_step, found)
-        options = {"drawn": drawn, "dry_run": self.dry_run, "preferences": has_preferences(dataset)}
-        progress.say(lines(self.scores, chosen, self.policy, seconds if made_anew else None, **options))
-        if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
-            write_report(args, scorer, self.scores, dataset, chosen, self.policy)
+        return chosen
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        every, n_done = self.rescore_epochs, round(state.epoch or 0)
+        if every is not None and n_done % every == 0 and state.global_step < state.max_steps:
+            with speaking(args.process_index == 0):
+                self._score_anew(args, state, model, train_dataloader, processing_class)
+
+    @together("scoring the rows anew")
+    def _score_anew(
+        self, args: TrainingArguments, state: TrainerState, model: Any, train_dataloader: Any, processing_class: Any
+    ) -> None:
+        """Scores all rows, dropped ones too, with the weights as they are now."""
+        started, progress = time.perf_counter(), progress_of(args, self.verbose)
+        rows = rows_of(train_dataloader, self.policy, self.groups, args, state)
+        scorer = self._scorer(args, state, model, train_dataloader, processing_class, progress)
+        self.scores = scorer.score(rows.dataset)
+        seconds = time.perf_counter() - started
+        chosen = self._install(args, state, rows, scorer, seconds)
+        options = {"drawn": True, "dry_run": self.dry_run, "preferences": has_preferences(rows.dataset)}
+        progress.say(lines(self.scores, chosen, self.policy, seconds, **options))
 
     def _validation(self, state: TrainerState) -> Any:
         rows: Any = self.validation_dataset
