@@ -58,6 +58,7 @@ def test_what_is_drawn_follows_the_newest_scores_also_when_a_run_goes_on(tmp_pat
         assert set(rows) == set(np.flatnonzero(weights))
         assert len(rows) == 24
     assert set(epochs[0][0]) != set(epochs[1][0])
+    assert callback.weights is epochs[1][1], "nothing is drawn after the last epoch"
     going_on = ForValueCallback(VALIDATION, Drop(0.25), verbose=False)
     resumed = make_trainer(tmp_path, [going_on], **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))

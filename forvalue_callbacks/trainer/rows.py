@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from torch.utils.data import IterableDataset
 from transformers import TrainerState, TrainingArguments
 
@@ -92,6 +92,13 @@ class StreamedRows:
             raise ValueError(
                 f"{loader.num_workers} workers read a stream in another order than it is scored in: set "
                 "dataloader_num_workers to 0 or 1."
+            )
+        shared = isinstance(loader, DataLoaderDispatcher) or isinstance(loader.dataset, IterableDatasetShard)
+        if args.world_size > 1 and not shared:
+            raise ValueError(
+                "the shards of the stream are read by a process each, and every process must be able to read all of "
+                "it: make it of one shard, as dataset.to_iterable_dataset(num_shards=1), or set "
+                "accelerator_config={'split_batches': True}."
             )
         n_taken = state.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
         shard = loader.dataset
