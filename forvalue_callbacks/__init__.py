@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .policies import Drop, Keep, Relabel, Reweight, Swap, Threshold
     from .scorer import ForValueScorer
     from .scores.scores import ForValueScores
+    from .streaming import filter_stream
     from .tiny import TINY_MODEL
     from .trainer.callback import ForValueCallback
     from .trainer.prefilter import prefilter
@@ -32,6 +33,7 @@ _HOME = {
     "Swap": "policies",
     "Reweight": "policies",
     "Threshold": "policies",
+    "filter_stream": "streaming",
     "install_sampler": "trainer.sampler",
     "prefilter": "trainer.prefilter",
     "value": "trainer.value",
@@ -51,6 +53,7 @@ __all__ = [
     "Reweight",
     "Swap",
     "Threshold",
+    "filter_stream",
     "install_sampler",
     "prefilter",
     "value",

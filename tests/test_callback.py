@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
@@ -29,7 +29,7 @@ from forvalue_callbacks import (
 from forvalue_callbacks.policies import Policy
 from forvalue_callbacks.scores.noise import NoiseEstimate
 from forvalue_callbacks.tiny import instructions
-from forvalue_callbacks.trainer.callback import SCORES_FILE, apply_policy
+from forvalue_callbacks.trainer.settings import SCORES_FILE, apply_policy
 from helpers.models import build_model
 from helpers.oracles import relative
 from helpers.trainers import (
@@ -216,10 +216,7 @@ def test_groups_come_from_a_column_or_by_hand(tmp_path):
         assert (kept == "a").sum() == (kept == "b").sum() == 6
 
 
-def test_packed_and_streaming_rows_are_refused_with_the_way_out(tmp_path):
-    stream = IterableDataset.from_generator(lambda: iter(rows_with_id()))
-    with pytest.raises(ValueError, match=r"streaming.*ForValueTransform"):
-        make_trainer(tmp_path, [ForValueCallback(VALIDATION)], train=stream, max_steps=2).train()
+def test_packed_rows_are_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match=r"packed.*prefilter\(trainer.*takes the packs apart"):
         make_sft(tmp_path, [ForValueCallback(VALIDATION)], packing=True, max_length=64).train()
 

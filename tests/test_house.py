@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "validation": BELOW_THE_SCORER | {"config"},
     "scorer": BELOW_THE_SCORER | {"config", "validation"},
     "probe": BELOW_THE_SCORER | {"scorer"},
+    "streaming": {"policies", "progress"},
     "report": {"scores", "policies", "core", "progress", "data"},
     "trainer": BELOW_THE_WAYS_IN,
     "transform": BELOW_THE_WAYS_IN,

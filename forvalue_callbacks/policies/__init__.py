@@ -12,7 +12,7 @@ Policies are frozen dataclasses: equal by value, and `repr` and `str` both say e
 """
 
 from .parse import as_policy, parse_policy
-from .policy import Chain, Drop, Keep, Policy, Reweight, Threshold, describe, effective_sample_size
+from .policy import Chain, Drop, Keep, Policy, Reweight, Threshold, describe, effective_sample_size, parts
 from .relabel import Relabel, Swap
 from .turns import keep_in_turn
 
@@ -30,4 +30,5 @@ __all__ = [
     "effective_sample_size",
     "keep_in_turn",
     "parse_policy",
+    "parts",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from numbers import Integral
 from typing import Any
 
@@ -36,6 +37,11 @@ class Policy:
     def reweights(self) -> bool:
         """Whether rows that are kept have different weights."""
         return False
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the scored rows that stays, where that is known before the scores are; else 1."""
+        return 1.0
 
     @property
     def relabels(self) -> bool:
@@ -78,6 +84,11 @@ class Policy:
             )
         return weights
 
+    def cut(self, scores: np.ndarray) -> float:
+        """The score that a row must have to stay where rows are judged one by one: the lowest kept of these (n,)."""
+        kept = self._weights(scores, np.zeros(len(scores), dtype=np.int64)) > 0
+        return float(scores[kept].min())
+
     def _weights(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Weights (n,) of n rows that all have a finite score; groups (n,) numbered 0, 1, ... (0 without groups)."""
         raise NotImplementedError
@@ -96,7 +107,7 @@ class Policy:
 
     def then(self, other: Policy) -> Chain:
         """This policy, then `other` on the rows it kept; weights multiply."""
-        return Chain((*_parts(self), *_parts(other)))
+        return Chain((*parts(self), *parts(other)))
 
     def __str__(self) -> str:
         """The form that `parse_policy` reads."""
@@ -126,6 +137,10 @@ class Drop(Policy):
     def needs_log_odds(self) -> bool:
         return self.fraction == "auto"
 
+    @property
+    def kept_share(self) -> float:
+        return 1.0 if isinstance(self.fraction, str) else 1 - self.fraction
+
     def _weights(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         if isinstance(self.fraction, str):
             return Threshold(0.0, group_column=self.group_column)._weights(scores, groups)
@@ -153,6 +168,10 @@ class Keep(Policy):
         elif isinstance(self.amount, bool) or not 0 < self.amount <= 1:
             raise ValueError(f"Keep: amount must be a float in (0, 1] or a count as int, not {self.amount!r}")
 
+    @property
+    def kept_share(self) -> float:
+        return 1.0 if isinstance(self.amount, Integral) else float(self.amount)
+
     def _weights(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         n_keep = self.amount if isinstance(self.amount, Integral) else round(self.amount * len(scores))
         return _keep_best(scores, groups, int(n_keep), every_group=self.group_column is not None)
@@ -167,6 +186,9 @@ class Threshold(Policy):
     def __post_init__(self) -> None:
         if not np.isfinite(self.below):
             raise ValueError(f"Threshold: below must be a finite number, not {self.below}")
+
+    def cut(self, scores: np.ndarray) -> float:
+        return self.below
 
     def _weights(self, scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         keep = scores >= self.below
@@ -243,12 +265,22 @@ class Chain(Policy):
     def reweights(self) -> bool:
         return any(policy.reweights for policy in self.policies)
 
+    @property
+    def kept_share(self) -> float:
+        return prod(policy.kept_share for policy in self.policies)
+
     def __call__(self, scores: np.ndarray, groups: Sequence[Any] | None = None) -> np.ndarray:
         scores = np.asarray(scores, dtype=np.float64)
         weights = np.ones(len(scores))
         for policy in self.policies:
             weights = weights * policy(np.where(weights > 0, scores, np.nan), groups)
         return weights
+
+    def cut(self, scores: np.ndarray) -> float:
+        cut = -np.inf
+        for policy in self.policies:
+            cut = max(cut, policy.cut(scores[scores >= cut]))
+        return cut
 
     def __str__(self) -> str:
         return "+".join(map(str, self.policies))
@@ -277,7 +309,8 @@ def describe(weights: np.ndarray) -> dict[str, float]:
     }
 
 
-def _parts(policy: Policy) -> tuple[Policy, ...]:
+def parts(policy: Policy) -> tuple[Policy, ...]:
+    """The policies of a chain, or the one that it is."""
     return policy.policies if isinstance(policy, Chain) else (policy,)
 
 

@@ -124,15 +124,21 @@ def _interval(share: float, error: float | None) -> str:
 
 
 def numbers(
-    scores: ForValueScores, weights: np.ndarray, seconds: float, chosen: np.ndarray | None = None
+    scores: ForValueScores,
+    weights: np.ndarray,
+    seconds: float,
+    chosen: np.ndarray | None = None,
+    drawn: bool = True,
 ) -> dict[str, float]:
     """What there is to log, JSON-able: what the weights do, and the shares and evidence where scores have them.
 
     Args:
         chosen: weights that are not used, in a dry run: how many rows they would drop.
+        drawn: kept rows take the places of dropped ones, so it says how often each is drawn.
     """
+    facts = describe(weights)
     found = {
-        **describe(weights),
+        **(facts if drawn else {name: facts[name] for name in ("kept", "dropped")}),
         "unscored": int(np.isnan(scores.values).sum()),
         "seconds": round(seconds, 3),
     }

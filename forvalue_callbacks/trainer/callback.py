@@ -16,18 +16,17 @@ from ..data.reading import kept
 from ..methods import METHODS
 from ..model.ranks import of_all_ranks, together
 from ..policies import Policy, as_policy
-from ..progress import speaking
+from ..progress import Progress, speaking
 from ..report.words import lines, numbers
 from ..scorer import ForValueScorer
 from ..scores.scores import ForValueScores
 from ..scores.writer import remove_parts
 from .evaluation import refuse_other_text, trainer_of, validation_rows
 from .page import write_report
-from .refusals import groups_of, has_preferences, refuse_other_rows, refuse_policy, refuse_trainer
-from .sampler import INSTEAD, find_sampler, install_sampler
+from .refusals import has_preferences, refuse_policy
+from .rows import DrawnRows, StreamedRows, rows_of
 from .settings import (
     SCORES_FILE,
-    apply_policy,
     checked_config,
     folder_of,
     kept_scores,
@@ -47,6 +46,11 @@ class ForValueCallback(TrainerCallback):
     resuming stay as configured: the places of dropped rows go to kept rows. For fewer steps instead, call `prefilter`
     before `trainer.train()`.
 
+    Of a stream (`IterableDataset`) the rows that the run takes are scored, and as many more as the policy says that it
+    drops (`Drop(0.2)`: 1.25 times as many), before the first step too: the policy judges them together as those of a
+    `Dataset`. Training then reads the stream without those dropped; should the kept ones run out, it begins there
+    again. One score, reason and digest of a row are held in memory. Rows without a score stay.
+
     The scores lie in `output_dir/forvalue_scores.parquet` and in every checkpoint. A resumed run reuses them, since
     its weights are no longer those that the scores came from; a new run reuses them if nothing has changed. What is
     done and found is said on the first rank, and the numbers are in `state.log_history`, TensorBoard and W&B. A report
@@ -64,15 +68,18 @@ class ForValueCallback(TrainerCallback):
         verbose: say what is done and found, with a bar where the trainer's own bars are shown, and write the report.
         dry_run: score, report, and train on every row as without the callback; it is said what the policy would drop.
 
+        rescore_epochs: score all rows again after so many epochs each time, with the weights as they are then; None:
+            once, before the first step, as the method is published. What was dropped may come back.
+
     After scoring, `scores` (`ForValueScores`) and `weights` (float64 (N,), all one in a dry run) can be read.
 
     Raises:
         TypeError: a policy or config that is none.
-        ValueError: (from `trainer.train()`, before any row is scored) packed rows, streaming data, rows that are no
-            labelled answers (GRPO, reward, ...), a loader that cannot draw by weight, `Drop("auto")` without log odds,
-            no evaluation rows for "eval", groups that do not fit, scores of other rows, an output folder that cannot
-            be written, a second `ForValueCallback`, a model whose head cannot be described; (once scored) a policy
-            that drops all.
+        ValueError: (from `trainer.train()`, before any row is scored) packed rows, rows that are no labelled
+            answers (GRPO, reward, ...), a stream that cannot be read twice alike or a policy that a stream cannot
+            follow, a loader that cannot draw by weight, `Drop("auto")` without log odds, no evaluation rows for
+            "eval", groups that do not fit, scores of other rows, an output folder that cannot be written, a second
+            `ForValueCallback`, a model whose head cannot be described; (once scored) a policy that drops all.
     """
 
     _living: ClassVar[WeakSet[ForValueCallback]] = WeakSet()
@@ -87,6 +94,7 @@ class ForValueCallback(TrainerCallback):
         groups: Sequence[Any] | None = None,
         verbose: bool = True,
         dry_run: bool = False,
+        rescore_epochs: int | None = None,
     ):
         refuse_other_text(validation_dataset)
         self.validation_dataset = kept(validation_dataset)
@@ -97,13 +105,17 @@ class ForValueCallback(TrainerCallback):
         self.weights: np.ndarray | None = None
         self.verbose = verbose
         self.dry_run = dry_run
+        self.rescore_epochs = rescore_epochs
         self._given = self.scores is not None
         self._running = False
         self._control: TrainerControl | None = None
         self._state: TrainerState | None = None
-        if validation_dataset is None and not self._given and METHODS[self.config.method].needs_validation:
+        if rescore_epochs is not None and rescore_epochs < 1:
+            raise ValueError(f"rescore_epochs is {rescore_epochs}: give a number of epochs, 1 or more, or None.")
+        scores_rows = not self._given or rescore_epochs is not None
+        if validation_dataset is None and scores_rows and METHODS[self.config.method].needs_validation:
             raise TypeError("the validation_dataset is None: give clean rows of the kind to become good at")
-        refuse_policy(self.policy, self._log_odds)
+        refuse_policy(self.policy, self._log_odds and (not scores_rows or self.config.gives_log_odds))
         if self.policy.relabels:
             raise ValueError(f"{self.policy} gives rows other answers, and a callback cannot: use prefilter.")
         self._living.add(self)
@@ -143,28 +155,20 @@ class ForValueCallback(TrainerCallback):
     ) -> None:
         first = args.process_index == 0
         self._refuse_another(state)
-        if not hasattr(train_dataloader, "dataset"):
-            raise ValueError(f"a {type(train_dataloader).__name__} as data loader has no dataset. {INSTEAD}")
-        dataset = train_dataloader.dataset
-        refuse_trainer(args, dataset)
         refuse_policy(self.policy, self._log_odds)
-        find_sampler(train_dataloader, len(dataset))
-        groups = groups_of(self.policy, dataset, self.groups)
+        rows = rows_of(train_dataloader, self.policy, self.groups, args, state)
+        if rows.streamed and self.rescore_epochs is not None:
+            raise ValueError("streaming data is scored before the first step alone: leave rescore_epochs out.")
+        dataset = rows.dataset
         progress = progress_of(args, self.verbose)
         file = scores_file(args)
         made_anew, started = False, time.perf_counter()
-        scorer = ForValueScorer(
-            model,
-            self._validation(state),
-            **settings_of(args, self.config, train_dataloader.collate_fn),
-            processing_class=processing_class,
-            data_collator=train_dataloader.collate_fn,
-            progress=progress,
-        )
+        scorer = self._scorer(args, state, model, train_dataloader, processing_class, progress)
+        rows.look(scorer.run.reader)
         again = self._began_again(args, scorer, dataset)
         if self._given:
             assert self.scores is not None
-            refuse_other_rows(self.scores, scorer, dataset)
+            rows.refuse_others(self.scores, scorer)
         elif not again:
             saved = kept_scores(args, state, scorer, dataset, self.scores, progress)
             made_anew = saved is None
@@ -175,23 +179,88 @@ class ForValueCallback(TrainerCallback):
             self.scores.save(file)  # before a policy can refuse them
             remove_parts(file)
         seconds = time.perf_counter() - started
-        chosen = apply_policy(self.policy, self.scores, dataset, groups)
-        self.weights = np.ones(len(chosen)) if self.dry_run else chosen
-        if not self.dry_run:
-            seed = args.seed if args.data_seed is None else args.data_seed
-            install_sampler(train_dataloader, self.weights, seed=seed)
-        found = numbers(self.scores, self.weights, seconds, chosen if self.dry_run else None)
-        state.log_history.append({**found, "epoch": state.epoch or 0.0, "step": state.global_step})
+        chosen = self._install(args, state, rows, scorer, seconds, new=not again)
         if again:
             progress.say("For-Value: the run begins again, with the scores made before its first step")
             return
-        warn_of_unscored(self.scores, self.dry_run)
-        if first:
-            report(args, state.global_step, found)
-        options = {"drawn": True, "dry_run": self.dry_run, "preferences": has_preferences(dataset)}
+        warn_of_unscored(self.scores, self.dry_run, rows.streamed)
+        options = {"drawn": not rows.streamed, "dry_run": self.dry_run, "preferences": has_preferences(dataset)}
         progress.say(lines(self.scores, chosen, self.policy, seconds if made_anew else None, **options))
         if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
             write_report(args, scorer, self.scores, dataset, chosen, self.policy)
+
+    def _scorer(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: Any,
+        train_dataloader: Any,
+        processing_class: Any,
+        progress: Progress,
+    ) -> ForValueScorer:
+        return ForValueScorer(
+            model,
+            self._validation(state),
+            **settings_of(args, self.config, train_dataloader.collate_fn),
+            processing_class=processing_class,
+            data_collator=train_dataloader.collate_fn,
+            progress=progress,
+        )
+
+    def _install(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        rows: DrawnRows | StreamedRows,
+        scorer: ForValueScorer,
+        seconds: float,
+        new: bool = True,
+    ) -> np.ndarray:
+        """Trains by the scores from here on, and logs what that means (to trackers where they are `new`).
+
+        Returns:
+            The weights of the policy, (N,), installed unless this is a dry run.
+        """
+        assert self.scores is not None
+        chosen = rows.weights(self.scores)
+        self.weights = np.ones(len(chosen)) if self.dry_run else chosen
+        if not self.dry_run:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            rows.install(scorer.run.reader, self.scores, self.weights, seed)
+        found = numbers(self.scores, self.weights, seconds, chosen if self.dry_run else None, not rows.streamed)
+        state.log_history.append({**found, "epoch": state.epoch or 0.0, "step": state.global_step})
+        if new and args.process_index == 0:
+            report(args, state.global_step, found)
+        return chosen
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        every, n_done = self.rescore_epochs, round(state.epoch or 0)
+        if every is not None and n_done % every == 0 and state.global_step < state.max_steps:
+            with speaking(args.process_index == 0):
+                self._score_anew(args, state, model, train_dataloader, processing_class)
+
+    @together("scoring the rows anew")
+    def _score_anew(
+        self, args: TrainingArguments, state: TrainerState, model: Any, train_dataloader: Any, processing_class: Any
+    ) -> None:
+        """Scores all rows, dropped ones too, with the weights as they are now."""
+        started, progress = time.perf_counter(), progress_of(args, self.verbose)
+        rows = rows_of(train_dataloader, self.policy, self.groups, args, state)
+        scorer = self._scorer(args, state, model, train_dataloader, processing_class, progress)
+        self.scores = scorer.score(rows.dataset)
+        seconds = time.perf_counter() - started
+        chosen = self._install(args, state, rows, scorer, seconds)
+        options = {"drawn": True, "dry_run": self.dry_run, "preferences": has_preferences(rows.dataset)}
+        progress.say(lines(self.scores, chosen, self.policy, seconds, **options))
 
     def _validation(self, state: TrainerState) -> Any:
         rows: Any = self.validation_dataset

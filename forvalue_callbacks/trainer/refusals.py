@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, Subset
 
-from ..data.packed import has_packs
+from ..data.packed import LENGTHS, has_packs
 from ..data.preference import is_pair, is_preference
 from ..data.reading import examples_of
 from ..policies import Policy
@@ -41,9 +41,9 @@ _OTHER_ROWS = {
 }
 
 
-def refuse_trainer(args: Any, dataset: Any, packs: bool = False) -> None:
-    """Raises ValueError for a trainer whose training rows are none, streamed or no labelled answers; or packed, unless
-    `packs` may be."""
+def refuse_trainer(args: Any, dataset: Any, packs: bool = False, streams: bool = False) -> None:
+    """Raises ValueError for a trainer whose training rows are none or no labelled answers; or packed, unless `packs`
+    may be; or streamed, unless `streams` may be."""
     config = next((cls.__name__ for cls in type(args).__mro__ if cls.__name__ in _OTHER_ROWS), None)
     if config is not None:
         what, instead = _OTHER_ROWS[config]
@@ -54,14 +54,21 @@ def refuse_trainer(args: Any, dataset: Any, packs: bool = False) -> None:
         raise ValueError("there are no training rows to score: the trainer has no train_dataset.")
     if isinstance(dataset, Mapping):
         raise ValueError("the trainer's train_dataset is a mapping of data sets: give it one of them.")
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    stream = isinstance(dataset, IterableDataset)
+    if (stream and not streams) or not (stream or hasattr(dataset, "__len__")):
         raise ValueError(
-            "streaming data cannot be scored before training: map it with ForValueTransform and filter on its "
-            "'forvalue_score' column, or load it as a Dataset."
+            "streaming data cannot be shortened, and a run takes as many rows of it as max_steps says: use "
+            "ForValueCallback, or filter_stream(stream.map(ForValueTransform(...), batched=True)) before you make the "
+            "trainer."
         )
-    if len(dataset) == 0:
+    if stream and (getattr(args, "packing", False) or LENGTHS in (getattr(dataset, "column_names", None) or ())):
+        raise ValueError(
+            "packed rows hold several samples each, and a stream packs them as they come: set packing=False, or use "
+            "filter_stream(stream.map(ForValueTransform(...), batched=True)) before you make the trainer."
+        )
+    if not stream and len(dataset) == 0:
         raise ValueError("there are no training rows to score: the trainer's train_dataset is empty.")
-    if not packs and (getattr(args, "packing", False) or has_packs(dataset)):
+    if not packs and not stream and (getattr(args, "packing", False) or has_packs(dataset)):
         raise ValueError(
             "packed rows hold several samples each, which cannot be drawn one by one: prefilter(trainer, validation, "
             "policy) takes the packs apart and packs what it keeps; or set packing=False."

@@ -12,6 +12,7 @@ import numpy as np
 from transformers import TrainerState, TrainingArguments
 
 from ..config import ForValueConfig
+from ..data.collated import inner
 from ..data.sft import RowConfig
 from ..model.ranks import of_first_rank
 from ..policies import Policy
@@ -32,9 +33,9 @@ def settings_of(args: TrainingArguments, config: ForValueConfig, data_collator: 
     options = {field.name: getattr(args, field.name) for field in fields(RowConfig) if hasattr(args, field.name)}
     if "max_length" not in options or (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
         options["max_length"] = None  # nothing but SFTTrainer's own preparation truncates
-    if options.get("completion_only_loss") is None and hasattr(data_collator, "completion_only_loss"):
+    if options.get("completion_only_loss") is None and hasattr(inner(data_collator), "completion_only_loss"):
         # Before trl 1.0 the collator labels rows that have lost the columns by which the trainer has decided.
-        options["completion_only_loss"] = data_collator.completion_only_loss
+        options["completion_only_loss"] = inner(data_collator).completion_only_loss
     row_config = RowConfig(**options)
     if config.forward_dtype is None and (args.bf16 or args.fp16):
         config = replace(config, forward_dtype="bfloat16" if args.bf16 else "float16")
@@ -65,12 +66,14 @@ def progress_of(args: TrainingArguments, verbose: bool) -> Progress:
     return Progress(lines=speaks, bars=speaks and not args.disable_tqdm)
 
 
-def warn_of_unscored(scores: ForValueScores, dry_run: bool = False) -> None:
+def warn_of_unscored(scores: ForValueScores, dry_run: bool = False, streamed: bool = False) -> None:
+    """Says how many rows have no score and why, and that they are not trained on, but for those of streams."""
     reasons = grouped_reasons(scores.reasons)
     if reasons:
         n = sum(count for count, _ in reasons)
         listed = "; ".join(f"{count} x {reason}" for count, reason in reasons[:3])
         what = "would not be trained on but for the dry run" if dry_run else "are not trained on"
+        what = "are trained on" if streamed else what
         logger.warning("%d rows have no score and %s: %s", n, what, listed)
 
 

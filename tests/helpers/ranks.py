@@ -502,7 +502,7 @@ def pairs_that_cannot_be_written(rank, folder, what):
 # ---- a trainer ----
 
 
-def trainer_of(folder, callbacks=(), **settings):
+def trainer_of(folder, callbacks=(), train=None, **settings):
     args = TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -512,7 +512,7 @@ def trainer_of(folder, callbacks=(), **settings):
         disable_tqdm=True,
         **{"save_strategy": "no", **settings},
     )
-    rows = Dataset.from_list(TRAIN)
+    rows = Dataset.from_list(TRAIN) if train is None else train
     return Trainer(build_model(), args=args, train_dataset=rows, data_collator=collate, callbacks=list(callbacks))
 
 
@@ -542,6 +542,17 @@ def a_callback(rank, folder, times):
     for _ in range(times):
         callback = callback_of()
         trainer_of(folder / f"callback{times}", [callback]).train()
+    return [told(callback.scores), callback.weights.tolist()]
+
+
+@scenario()
+def a_callback_on_a_stream(rank, folder):
+    """One process takes as many rows, in two steps of accumulation."""
+    callback = callback_of()
+    settings = {"gradient_accumulation_steps": 1 if is_one_of_two() else 2}
+    settings |= {"accelerator_config": {"dispatch_batches": False}}
+    stream = Dataset.from_list(TRAIN).to_iterable_dataset()
+    trainer_of(folder / "stream", [callback], train=stream, **settings).train()
     return [told(callback.scores), callback.weights.tolist()]
 
 
