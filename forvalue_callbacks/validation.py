@@ -205,8 +205,8 @@ class ValidationSide:
         bad: list[int] = []
         for row in rows:
             short = row.segments[0]
-            if short.tokens is None:  # if the model does not take it, the row is named
-                list(self.run.positions([row], self.method, all_ranks=True))
+            if short.tokens is None and not self.run.sharded:  # if the model does not take it, the row is named
+                list(self.run.positions([row], METHODS["gradient"](), all_ranks=True))
             inputs = collated([short])
             ids = inputs.get(self.run.backbone.ids_name)
             try:

@@ -440,9 +440,9 @@ class Broken(torch.utils.data.Dataset):
         return TRAIN[i]
 
 
-@scenario("rank 1 failed while .*the disk is gone", "OSError: the disk is gone", at=0)
-@scenario("rank 1 failed while .*the disk is gone", "OSError: the disk is gone", at=15)
-@scenario("rank 1 failed while .*the disk is gone", "OSError: the disk is gone", at=15, vocab="seen")
+@scenario(*["row 0 is another on rank 1 .*fails on this row: OSError"] * 2, at=0)
+@scenario(*["row 15 is another on rank 1 .*fails on this row: OSError"] * 2, at=15)
+@scenario(*["row 15 is another on rank 1 .*fails on this row: OSError"] * 2, at=15, vocab="seen")
 def a_data_set_that_raises(rank, folder, at, **config):
     scorer_of(**config).score(Broken(at if rank == 1 else None))
 
