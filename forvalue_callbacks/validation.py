@@ -206,7 +206,8 @@ class ValidationSide:
         for row in rows:
             short = row.segments[0]
             if short.tokens is None and not self.run.sharded:  # if the model does not take it, the row is named
-                list(self.run.positions([row], METHODS["gradient"](), all_ranks=True))
+                with left_as_found(self.run.backbone.model):
+                    list(self.run.positions([row], METHODS["gradient"](), all_ranks=True))
             inputs = collated([short])
             ids = inputs.get(self.run.backbone.ids_name)
             try:
