@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -13,7 +14,14 @@ import pytest
 
 from forvalue_callbacks.scores import ForValueScores, files
 from forvalue_callbacks.scores.cache import save_state
-from forvalue_callbacks.scores.files import make_folder, remove_leftovers, whole_file, whole_folder
+from forvalue_callbacks.scores.files import (
+    hold_folder,
+    make_folder,
+    release,
+    remove_leftovers,
+    whole_file,
+    whole_folder,
+)
 from forvalue_callbacks.scores.pairs import PairsFile
 from forvalue_callbacks.scores.writer import ScoreWriter
 from helpers.attacks import befalling
@@ -198,3 +206,24 @@ def test_a_folder_is_made_and_tried_out(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"nothing can be written to the folder \S+file \(.*choose another"):
         make_folder(tmp_path / "file")
+
+
+def test_a_folder_that_another_process_removes_before_it_is_held_is_made_again(tmp_path, monkeypatch):
+    """Seen where two runs wrote scores to one file at once: the first was done between two calls of the second."""
+    removed = []
+
+    def after_it_has_gone(function):
+        def call(*args, **kwargs):
+            if function not in removed:
+                removed.append(function)
+                (tmp_path / "parts").rmdir()
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", after_it_has_gone(tempfile.TemporaryFile))
+    monkeypatch.setattr(files, "open_locked", after_it_has_gone(files.open_locked))
+    folder, held = hold_folder(tmp_path / "parts", "lock")
+    assert len(removed) == 2
+    assert hold_folder(folder, "lock") == (folder, None)
+    release(held)

@@ -132,15 +132,31 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
         ValueError: it cannot be, as a file tried out there shows.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"nothing can be written to the folder {folder} ({error.strerror}): choose another."
-        ) from error
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and folder.parent.is_dir() and not folder.is_dir():
+                continue  # another process has removed it since
+            raise ValueError(
+                f"nothing can be written to the folder {folder} ({error.strerror}): choose another."
+            ) from error
+
+
+def hold_folder(folder: str | os.PathLike[str], lock_name: str) -> tuple[Path, int | None]:
+    """A folder that can be written to, made where there is none, and the file in it that is locked while it is in use.
+
+    The file is None where another process has it locked.
+
+    Raises:
+        ValueError: see `make_folder`.
+    """
+    while True:
+        folder = make_folder(folder)
+        with contextlib.suppress(FileNotFoundError):  # another process was done with it and has removed it since
+            return folder, open_locked(folder / lock_name)
 
 
 def open_locked(path: str | os.PathLike[str], flags: int = 0) -> int | None:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .files import make_folder, open_locked, release, remove_leftovers, temporary_folder, whole_file
+from .files import hold_folder, open_locked, release, remove_leftovers, temporary_folder, whole_file
 from .parts import Part, hash_digests, printable, read_part
 from .provenance import as_json, differing
 
@@ -76,8 +76,7 @@ class ScoreWriter:
         if folder is None:
             self.folder, self._held = temporary_folder(LOCK)
         else:
-            self.folder = make_folder(folder)
-            self._held = open_locked(self.folder / LOCK)
+            self.folder, self._held = hold_folder(folder, LOCK)
         if self._held is None:
             raise ValueError(
                 f"another process is writing scores to {self.folder}: wait until it has ended, or give another folder."
@@ -255,12 +254,13 @@ def parts_folder(path: str | os.PathLike[str]) -> Path:
 def remove_parts(path: str | os.PathLike[str]) -> None:
     """Deletes the parts of scores that are whole, which a killed run has left, unless another process writes them."""
     folder = parts_folder(path)
-    if folder.is_dir() and (held := open_locked(folder / LOCK)) is not None:
-        _remove_files(folder)
-        (folder / LOCK).unlink()
-        release(held)
-        with contextlib.suppress(OSError):  # not empty
-            folder.rmdir()
+    with contextlib.suppress(FileNotFoundError):  # there are none, or another process has removed them since
+        if (held := open_locked(folder / LOCK)) is not None:
+            _remove_files(folder)
+            (folder / LOCK).unlink()
+            release(held)
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
