@@ -133,12 +133,14 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     while True:
+        made = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            made = True
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and folder.parent.is_dir() and not folder.is_dir():
+            if (made or isinstance(error, FileExistsError)) and not os.path.lexists(folder):
                 continue  # another process has removed it since
             raise ValueError(
                 f"nothing can be written to the folder {folder} ({error.strerror}): choose another."
