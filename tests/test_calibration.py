@@ -155,3 +155,16 @@ def test_log_odds_say_the_share_and_put_no_more_rows_below_zero_than_are_allowed
     certain = np.concatenate([np.full(300, -20.0), np.full(700, 20.0)]) + np.linspace(0, 1, 1000)
     assert (certain + shift_to(certain, 0.3, 0.1) < 0).sum() == 100
     assert (odds + shift_to(odds, 0.0, 0.0) >= 0).all()
+
+
+def test_the_ridge_moves_smoothly_with_the_data():
+    """Where two of those tried do as well, rounding would choose, and decisions with it."""
+    rng = np.random.default_rng(0)
+    classes, rows = np.repeat([0, 1], 75), np.arange(150)
+    length, noise = rng.normal(size=150), rng.normal(size=(150, 3))
+    shifted = classes[:, None] * np.array([1.0, 0.5, 0.0])
+    ridges = [
+        fit_classifier(noise + s * shifted, length, classes, rows % FOLDS)[0].ridge for s in np.geomspace(2.3, 3.3, 5)
+    ]
+    assert max(ridges) > 2 * min(ridges)
+    assert np.abs(np.diff(np.log(ridges))).max() < np.log(5)

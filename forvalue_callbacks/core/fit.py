@@ -7,7 +7,7 @@ labels in validation, F features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,25 +135,23 @@ class _Problem:
         linear = self.head.linear(self.hidden_TD[at], slice(None))
         return linear, self.z_TD[at], self.target_T[at], self.rest_T[at]
 
-    def _log_p(self, move_SD: Tensor, tile: _Positions) -> Tensor:
+    def _log_p(self, move_SD: Tensor, tile: _Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-likelihood of the labels, (T,), the logits (T, S), and their log normaliser, (T,)."""
         before, z_TD, target_T, rest_T = tile
-        scaled = (before + z_TD @ move_SD.T) * self.head.scale
-        logits = scaled if self.head.softcap is None else self.head.softcap * (scaled / self.head.softcap).tanh()
-        own = logits.gather(1, target_T[:, None])[:, 0]
-        return own - torch.logaddexp(logits.logsumexp(-1), rest_T)
+        logits = self.head.transform(torch.addmm(before, z_TD, move_SD.T))
+        normalizer_T = torch.logaddexp(logits.logsumexp(-1), rest_T)
+        return logits.gather(1, target_T[:, None])[:, 0] - normalizer_T, logits, normalizer_T
 
-    def values(self, move_SD: Tensor, at: Tensor, tile: _Positions) -> Tensor:
-        """What is maximised the sum of, of one of the `tiles`."""
-        return self._log_p(move_SD, tile)
+    def value(self, log_p_T: Tensor, at: Tensor) -> tuple[float, Tensor | None]:
+        """What is maximised, of one of the `tiles`, and its derivative in each log-likelihood; None: that is 1."""
+        return float(log_p_T.double().sum()), None
 
     def tiles(self, where_T: Tensor) -> Sequence[Tensor]:
         """Places of positions that are looked at together."""
         return where_T.nonzero()[:, 0].split(TOKEN_TILE)
 
     def log_likelihood(self, move_SD: Tensor, where_T: Tensor) -> float:
-        with torch.no_grad():
-            tiles = self.tiles(where_T)
-            return sum(float(self.values(move_SD, at, self._tile(at)).double().sum()) for at in tiles)
+        return sum(self.value(self._log_p(move_SD, self._tile(at))[0], at)[0] for at in self.tiles(where_T))
 
     def fit(self, start_SD: Tensor, ridge: float, where_T: Tensor, iterations: int) -> Tensor:
         """The best M of one ridge; the gradient is of this small problem only, never through the network."""
@@ -161,12 +159,23 @@ class _Problem:
         # The logits before the move are the same in all steps.
         known = [self._tile(at) for at in places] if self._n_logits(places) <= KEPT_LOGITS else None
 
-        def loss(move_SD: Tensor) -> Iterator[Tensor]:
-            yield 0.5 * ridge * move_SD.square().sum()
+        def loss_and_gradient(move_SD: Tensor) -> tuple[float, Tensor]:
+            loss, gradient_SD = 0.5 * ridge * float(move_SD.square().sum()), ridge * move_SD
             for i, at in enumerate(places):
-                yield -self.values(move_SD, at, self._tile(at) if known is None else known[i]).sum()
+                tile = self._tile(at) if known is None else known[i]
+                log_p_T, logits_TS, normalizer_T = self._log_p(move_SD, tile)
+                value, pull_T = self.value(log_p_T, at)
+                slope = self.head.slope(logits_TS)
+                error_TS = logits_TS.sub_(normalizer_T[:, None]).exp_()  # what the softmax gives beyond the label
+                error_TS[torch.arange(len(at), device=at.device), tile[2]] -= 1
+                if pull_T is not None:
+                    error_TS.mul_(pull_T[:, None])
+                if isinstance(slope, Tensor) or slope != 1.0:
+                    error_TS.mul_(slope)
+                loss, gradient_SD = loss - value, gradient_SD.addmm_(error_TS.T, tile[1])
+            return loss, gradient_SD
 
-        return minimum(by_autograd(loss), start_SD, iterations, tolerance=1e-4)
+        return minimum(loss_and_gradient, start_SD, iterations, tolerance=1e-4)
 
     def _n_logits(self, places: Sequence[Tensor]) -> int:
         return sum(len(at) for at in places) * self.head.vocab_size
@@ -198,15 +207,15 @@ class _Margins(_Problem):
         super().__init__(plain.head, plain.hidden_TD, plain.z_TD, plain.target_T, plain.rest_T)
         self.rows_T, self.weights_T = rows_T, weights_T.to(plain.z_TD)
         everywhere = torch.arange(len(rows_T), device=rows_T.device)
-        with torch.no_grad():
-            self.before_T = torch.cat(
-                [self._log_p(self.no_move, self._tile(at)) for at in everywhere.split(TOKEN_TILE)]
-            )
+        tiles = everywhere.split(TOKEN_TILE)
+        self.before_T = torch.cat([self._log_p(self.no_move, self._tile(at))[0] for at in tiles])
 
-    def values(self, move_SD: Tensor, at: Tensor, tile: _Positions) -> Tensor:
-        gain = self.weights_T[at] * (self._log_p(move_SD, tile) - self.before_T[at])
+    def value(self, log_p_T: Tensor, at: Tensor) -> tuple[float, Tensor | None]:
+        gain_T = self.weights_T[at] * (log_p_T - self.before_T[at])
         rows, place = self.rows_T[at].unique_consecutive(return_inverse=True)
-        return torch.nn.functional.logsigmoid(gain.new_zeros(len(rows)).index_add(0, place, gain))
+        gain_R = gain_T.new_zeros(len(rows)).index_add(0, place, gain_T)
+        value = float(torch.nn.functional.logsigmoid(gain_R).double().sum())
+        return value, (-gain_R).sigmoid()[place] * self.weights_T[at]
 
     def tiles(self, where_T: Tensor) -> Sequence[Tensor]:
         places = where_T.nonzero()[:, 0]
@@ -293,22 +302,6 @@ def fit_softmax(
         return float(loss), gradient_FK.add_(penalty * coefficients_FK)
 
     return minimum(loss_and_gradient, start, iterations, tolerance=tolerance)
-
-
-def by_autograd(loss: Callable[[Tensor], Iterable[Tensor]]) -> Callable[[Tensor], tuple[float, Tensor]]:
-    """A loss in parts that are summed, with its gradient; each is differentiated before the next is made, so that one
-    graph is held."""
-
-    def loss_and_gradient(x: Tensor) -> tuple[float, Tensor]:
-        total, x = 0.0, x.clone().requires_grad_(True)
-        with torch.enable_grad():
-            for part in loss(x):
-                part.backward()
-                total += part.item()
-        assert x.grad is not None
-        return total, x.grad
-
-    return loss_and_gradient
 
 
 def minimum(

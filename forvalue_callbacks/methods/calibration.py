@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..core.fit import fit_softmax, logits
 
-# From stiff to loose; none is tried after the first that does worse than the one before.
-RIDGES = (100.0, 10.0, 1.0)
+# From stiff to loose, in equal ratios.
+RIDGES = (100.0, 10.0, 1.0, 0.1)
 ITERATIONS = 60
 FOLDS = 5
 # Standardised features are cut here: one odd row must not decide.
@@ -85,7 +85,8 @@ class Classifier:
         relative: how features become those of rows of one length.
         coefficients: by fold that they have not seen, (2 F + 1, K + 1) each, on those features and their squares: with
             the squares, classes may differ in spread, which the estimate of the shares needs most.
-        ridge: the one with the best likelihood in cross-validation.
+        ridge: where the likelihood in cross-validation is best, between those that were tried too: of two that do as
+            well, rounding would choose.
     """
 
     relative: Relative
@@ -125,23 +126,38 @@ def fit_classifier(
     onehot = np.eye(len(counts))[classes] * (len(classes) / len(counts) / counts)[:, None].T
     targets = torch.from_numpy(onehot)
     kept = [torch.from_numpy(fold != k) for k in range(FOLDS)]
-    best: tuple[float, float, list[Tensor], np.ndarray] | None = None
-    models: list[Tensor | None] = [None] * FOLDS
-    for ridge in RIDGES:  # each started where the stiffer one ended
-        fitted = [
-            fit_softmax(x[some], targets[some], ridge, start_FK=start, iterations=ITERATIONS)
-            for some, start in zip(kept, models, strict=True)
+
+    def fit(ridge: float, start: Sequence[Tensor | None]) -> tuple[float, list[Tensor], np.ndarray]:
+        """Likelihood out of fold, the models, and what they say out of fold."""
+        models = [
+            fit_softmax(x[some], targets[some], ridge, start_FK=at, iterations=ITERATIONS)
+            for some, at in zip(kept, start, strict=True)
         ]
         held_out = np.zeros_like(onehot)
-        for some, model in zip(kept, fitted, strict=True):
+        for some, model in zip(kept, models, strict=True):
             held_out[~some.numpy()] = _log_softmax(logits(model, x[~some]).numpy())
-        likelihood = float((onehot * held_out).sum())
-        if best is not None and likelihood < best[0]:
-            break
-        best = (likelihood, ridge, fitted, held_out)
-        models = [*fitted]
-    assert best is not None
-    return Classifier(relative, best[2], best[1]), best[3]
+        return float((onehot * held_out).sum()), models, held_out
+
+    models: Sequence[Tensor | None] = [None] * FOLDS
+    tried = []
+    for ridge in RIDGES:  # each started where the stiffer one ended
+        tried.append(fit(ridge, models))
+        models = tried[-1][1]
+    k, away = _highest([likelihood for likelihood, _, _ in tried])
+    ridge = RIDGES[k] * (RIDGES[1] / RIDGES[0]) ** away
+    _, found, held_out = fit(ridge, tried[k][1]) if away else tried[k]
+    return Classifier(relative, found, ridge), held_out
+
+
+def _highest(values: Sequence[float]) -> tuple[int, float]:
+    """Where the highest value is, and how far from there, in steps of less than one, the top of the parabola through
+    it and its neighbours; 0 at either end."""
+    k = int(np.argmax(values))
+    if k in (0, len(values) - 1):
+        return k, 0.0
+    before, top, after = values[k - 1 : k + 2]
+    bend = 2 * top - before - after
+    return k, (after - before) / (2 * bend) if bend else 0.0
 
 
 def shares(log_p: np.ndarray, n_validation: int) -> np.ndarray:

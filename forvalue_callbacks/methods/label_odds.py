@@ -5,14 +5,13 @@ Shapes: E rows with answers that are given, N training rows, K answers, V views.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.fit import by_autograd, minimum
+from ..core.fit import minimum
 from ..core.stats import auc
 from ..scores.noise import USEFUL_AUC
 
@@ -112,10 +111,13 @@ def _fit_weights(logits_VEK: Tensor, given_E: Tensor) -> Tensor:
     spread = torch.ones_like(center)
     spread[-1] = SPREAD_OF_NOISE
 
-    def loss(x: Tensor) -> Iterator[Tensor]:
-        yield 0.5 * ((x - center) / spread).square().sum() - _log_p_given(x, logits_VEK, given_E).sum()
+    def loss_and_gradient(x: Tensor) -> tuple[float, Tensor]:
+        x = x.clone().requires_grad_(True)
+        with torch.enable_grad():
+            loss = 0.5 * ((x - center) / spread).square().sum() - _log_p_given(x, logits_VEK, given_E).sum()
+        return loss.item(), torch.autograd.grad(loss, x)[0]
 
-    return minimum(by_autograd(loss), center, iterations=50, tolerance=1e-3)
+    return minimum(loss_and_gradient, center, iterations=50, tolerance=1e-3)
 
 
 def _log_p_given(x: Tensor, logits_VEK: Tensor, given_E: Tensor) -> Tensor:
