@@ -59,7 +59,7 @@ class LabelFit:
         suggested: (N,), the number of the most probable other answer, and `suggested_p`, its probability if the
             observed one is wrong.
         share: estimated share of wrong answers among the training rows, and `share_error`, its standard error from the
-            sampling of both sides.
+            sampling of both sides; 0 and 1 where a wrong answer cannot be told from the right one.
         told: how well a wrong answer is told from the right one, by what has not seen the rows.
         likelihood: mean log-likelihood of the validation rows' answers (without any: of the training rows'), out of
             fold, of each way to use the training rows that was tried: the best one judges.
@@ -143,11 +143,13 @@ def fit_labels(
         candidates[EXPECTED] = _as_expected(sides, candidates[ALONE])
     likelihood = {name: chains.likelihood for name, chains in candidates.items()}
     chains = candidates[max(likelihood, key=lambda name: likelihood[name])]
-    share, error = sides.share(chains)
-    odds = Odds(np.bincount(sides.given.cpu().numpy(), minlength=answers.n), answers.another, share, error)
+    odds = Odds(np.bincount(sides.given.cpu().numpy(), minlength=answers.n), answers.another)
     told = sides.told(chains, odds, rng)
+    share, error = sides.share(chains) if told.useful else (0.0, 1.0)
+    if not told.useful:  # nothing is known of the noise, of validation rows neither
+        chains = replace(chains, weights=replace(chains.weights, noise=share, noise_error=error))
     raw, suggested, likely = chains.judge(sides.train, sides.train_fold, sides.observed)
-    log_odds = odds.calibrated(raw, sides.observed.cpu().numpy(), told.useful)
+    log_odds = odds.calibrated(raw, sides.observed.cpu().numpy(), share, error)
     return LabelFit(
         log_odds,
         suggested,

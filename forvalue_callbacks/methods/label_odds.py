@@ -186,32 +186,33 @@ class Odds:
     Args:
         counts: rows with an answer given of each answer, (K,).
         another: the number of answers that come once; K or more where there are none.
-        share, error: of wrong answers, estimated, and its standard error.
     """
 
-    def __init__(self, counts: np.ndarray, another: int, share: float, error: float):
-        self.counts, self.share, self.error = counts.copy(), share, error
+    def __init__(self, counts: np.ndarray, another: int):
+        self.counts = counts.copy()
         self.counts[another:] = 0
-        self.shift = 0.0
+        self.share = self.shift = 0.0
 
     def judged(self, observed: np.ndarray) -> np.ndarray:
         """(N,) bool."""
         return self.counts[observed] >= MIN_OF_CLASS
 
-    def calibrated(self, log_odds: np.ndarray, observed: np.ndarray, useful: bool) -> np.ndarray:
-        """Log odds, (N,), shifted so that they say the share that there is and put no more rows below 0 than the upper
-        end of its interval. Where nothing tells right from wrong (not `useful`), or the share may be none, its lower
-        end counts: what is not known to be noise stays."""
-        spread = INTERVAL * self.error
-        useful = useful and self.share > spread
-        likely = self.share if useful else max(0.0, self.share - spread)
+    def calibrated(self, log_odds: np.ndarray, observed: np.ndarray, share: float, error: float) -> np.ndarray:
+        """Log odds, (N,), shifted so that they say the share of wrong answers that there is, and put no more rows
+        below 0 than the upper end of its interval. Where the share may be none, none: what is not known to be noise
+        stays.
+
+        Args:
+            share, error: estimated, and its standard error.
+        """
+        self.share, spread = share, INTERVAL * error
+        likely, most = (share, min(1.0, share + spread)) if share > spread else (0.0, 0.0)
         low, high = -20.0, 20.0
         for _ in range(50):
             self.shift = (low + high) / 2
             noise = 1 / (1 + np.exp(np.clip(self(log_odds, observed), -50, 50)))
             low, high = (self.shift, high) if noise.mean() > likely else (low, self.shift)
-        most = int(min(1.0, likely + spread if useful else likely) * len(log_odds))
-        while (self(log_odds, observed) < 0).sum() > most:
+        while (self(log_odds, observed) < 0).sum() > int(most * len(log_odds)):
             self.shift += 0.25
         values = self(log_odds, observed)
         for answer in np.unique(observed):  # no answer goes altogether: its best row stays

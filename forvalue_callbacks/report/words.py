@@ -98,8 +98,10 @@ def _about_answers(noise: NoiseEstimate) -> list[str]:
     lines = [f"evidence    {rests}" + ("" if found.useful else ": do not filter by this")]
     if noise.views:
         lines.append("seen in     " + ", ".join(f"{view} {weight:.2f}" for view, weight in noise.views.items()))
-    share = f"noise       estimated share of wrong answers {noise.share:.2f}"
-    lines.append(share + _interval(noise.share, noise.share_error))
+    share = f"estimated share of wrong answers {noise.share:.2f}{_interval(noise.share, noise.share_error)}"
+    lines.append(
+        f"noise       {share if found.useful else 'not known: nothing here tells a wrong answer from a right one'}"
+    )
     if noise.n_unjudged:
         lines.append(f"not judged  {noise.n_unjudged:,} rows, kept: too few rows are known to have their answer")
     return [*lines, *_about_validation(noise)]
