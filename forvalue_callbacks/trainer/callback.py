@@ -59,8 +59,9 @@ class ForValueCallback(TrainerCallback):
     Args:
         validation_dataset: clean rows of the kind that the model should become good at, in any form that the scorer
             takes; prepared by the trainer's own settings (`max_length`, `completion_only_loss`, ...). Or "eval": the
-            trainer's own `eval_dataset` as it has prepared it ("eval:NAME" where it has several); its loss is then no
-            longer an independent measure of the result.
+            trainer's own `eval_dataset` as it has prepared it ("eval:NAME": one of several); its loss is then no
+            longer an independent measure of the result. Several sets by name: a policy sees the greatest of a row's
+            scores by each, in standard deviations (`ForValueScores.values`).
         policy: scores to weights, as a `Policy` or its text ("drop:auto"); `Drop(0.2)` by default.
         config: `ForValueConfig`; `forward_dtype` is the trainer's precision if not given.
         scores: scores of exactly the trainer's training rows, or the path of their file, in place of scoring.

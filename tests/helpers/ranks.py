@@ -106,6 +106,12 @@ def scores(rank, folder, **config):
     return told(scorer_of(**config).score(TRAIN))
 
 
+@scenario(method="whitened", normalize="cosine")
+def scores_by_several_sets(rank, folder, **config):
+    scores = scorer_of(validation={"two": VALIDATION[:2], "others": VALIDATION[2:]}, **config).score(TRAIN)
+    return [*told(scores), *(values.tolist() for values in scores.by_set.values())]
+
+
 @scenario()
 def scores_by_the_label_model(rank, folder):
     return told(scorer_of(validation=CLEAN, method="label_model").score(NOISY))
