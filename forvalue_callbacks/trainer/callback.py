@@ -185,8 +185,7 @@ class ForValueCallback(TrainerCallback):
             progress.say("For-Value: the run begins again, with the scores made before its first step")
             return
         warn_of_unscored(self.scores, self.dry_run, rows.streamed)
-        options = {"drawn": not rows.streamed, "dry_run": self.dry_run, "preferences": has_preferences(dataset)}
-        progress.say(lines(self.scores, chosen, self.policy, seconds if made_anew else None, **options))
+        self._say(progress, rows, chosen, seconds if made_anew else None)
         if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
             write_report(args, scorer, self.scores, dataset, chosen, self.policy)
 
@@ -234,6 +233,14 @@ class ForValueCallback(TrainerCallback):
             report(args, state.global_step, found)
         return chosen
 
+    def _say(
+        self, progress: Progress, rows: DrawnRows | StreamedRows, chosen: np.ndarray, seconds: float | None
+    ) -> None:
+        assert self.scores is not None
+        preferences = has_preferences(rows.dataset)
+        options = {"drawn": not rows.streamed, "dry_run": self.dry_run, "preferences": preferences}
+        progress.say(lines(self.scores, chosen, self.policy, seconds, **options))
+
     def on_epoch_end(
         self,
         args: TrainingArguments,
@@ -260,8 +267,7 @@ class ForValueCallback(TrainerCallback):
         self.scores = scorer.score(rows.dataset)
         seconds = time.perf_counter() - started
         chosen = self._install(args, state, rows, scorer, seconds)
-        options = {"drawn": True, "dry_run": self.dry_run, "preferences": has_preferences(rows.dataset)}
-        progress.say(lines(self.scores, chosen, self.policy, seconds, **options))
+        self._say(progress, rows, chosen, seconds)
 
     def _validation(self, state: TrainerState) -> Any:
         rows: Any = self.validation_dataset
