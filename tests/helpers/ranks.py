@@ -562,6 +562,13 @@ def a_callback_on_a_stream(rank, folder):
     return [told(callback.scores), callback.weights.tolist()]
 
 
+@scenario(*both("the shards of the stream are read by a process each.*num_shards=1.*split_batches"))
+def a_callback_on_a_stream_in_shards(rank, folder):
+    stream = Dataset.from_list(TRAIN).to_iterable_dataset(num_shards=4)
+    settings = {"accelerator_config": {"dispatch_batches": False}}
+    trainer_of(folder / "shards", [callback_of()], train=stream, **settings).train()
+
+
 @scenario(fails=-1)
 @scenario(fails=0)
 @scenario(fails=1)
