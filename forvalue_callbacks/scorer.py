@@ -93,14 +93,16 @@ class ForValueScorer:
             progress = Progress(*[progress and world()[0] == 0] * 2)
         self.backbone = Backbone(model, self.config.forward_dtype)
         self.row_config = row_config or RowConfig()
+        if rewards := self.backbone.kind == "reward":
+            METHODS[self.config.method](self.config.normalize).refuse_preferences(0)
         prepare = RowPreparer(
             processing_class,
             self.row_config,
             max_positions=self.backbone.max_positions,
-            vocab_size=self.backbone.head().vocab_size,
+            vocab_size=self.backbone.n_tokens if rewards else self.backbone.head().vocab_size,
             takes_types="token_type_ids" in signature(type(self.backbone.causal).forward).parameters,
         )
-        reader = Reader(prepare, data_collator, self._one_by_one(data_collator))
+        reader = Reader(prepare, data_collator, self._one_by_one(data_collator), rewards)
         self.run = Run(self.backbone, reader, self.config.max_tokens_per_batch, progress)
         self.validation = validation_side(self.run, validation_dataset, self.config, self.row_config)
 
@@ -268,7 +270,7 @@ class ForValueScorer:
     def _one_by_one(self, data_collator: Any) -> OneByOne | None:
         """How rows are read for a model that is no language model from left to right."""
         backbone, n = self.backbone, self.backbone.head().vocab_size
-        if backbone.kind == "causal":
+        if backbone.kind in ("causal", "reward"):
             return None
         segments = {
             "seq2seq": partial(decoder_segment, decoder_inputs=backbone.decoder_inputs, vocab_size=n),

@@ -68,16 +68,16 @@ class ForValueCallback(TrainerCallback):
         groups: group of each training row, (N,), for a policy with a `group_column` that the trainer has removed.
         verbose: say what is done and found, with a bar where the trainer's own bars are shown, and write the report.
         dry_run: score, report, and train on every row as without the callback; it is said what the policy would drop.
-
         rescore_epochs: score all rows again after so many epochs each time, with the weights as they are then; None:
-            once, before the first step, as the method is published. What was dropped may come back.
+            once, before the first step, as the method is published. What was dropped may come back. Not by steps: the
+            rows of an epoch are drawn as it begins.
 
     After scoring, `scores` (`ForValueScores`) and `weights` (float64 (N,), all one in a dry run) can be read.
 
     Raises:
         TypeError: a policy or config that is none.
         ValueError: (from `trainer.train()`, before any row is scored) packed rows, rows that are no labelled
-            answers (GRPO, reward, ...), a stream that cannot be read twice alike or a policy that a stream cannot
+            answers (GRPO, ...), a stream that cannot be read twice alike or a policy that a stream cannot
             follow, a loader that cannot draw by weight, `Drop("auto")` without log odds, no evaluation rows for
             "eval", groups that do not fit, scores of other rows, an output folder that cannot be written, a second
             `ForValueCallback`, a model whose head cannot be described; (once scored) a policy that drops all.

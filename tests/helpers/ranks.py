@@ -22,7 +22,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, prefilter
 from forvalue_callbacks.data import reader
@@ -110,6 +116,16 @@ def scores(rank, folder, **config):
 def scores_by_several_sets(rank, folder, **config):
     scores = scorer_of(validation={"two": VALIDATION[:2], "others": VALIDATION[2:]}, **config).score(TRAIN)
     return [*told(scores), *(values.tolist() for values in scores.by_set.values())]
+
+
+@scenario()
+def scores_of_a_reward_model(rank, folder):
+    sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**sizes, num_attention_heads=4, num_labels=1, pad_token_id=0))
+    model = model.double()
+    rows = [{"chosen_ids": row["input_ids"], "rejected_ids": [*row["input_ids"][:1], 5, 6]} for row in TRAIN]
+    return told(scorer_of(model, rows[:6], method="whitened").score(rows[6:]))
 
 
 @scenario()
