@@ -120,7 +120,7 @@ def test_a_set_by_which_all_rows_score_alike_says_nothing():
     assert len(scorer(SETS).score([])) == 0
 
 
-@pytest.mark.parametrize("method", ["gradient", "fitted"])
+@pytest.mark.parametrize("method", ["gradient", "whitened"])
 def test_more_sets_cost_no_pass_over_the_training_rows(method):
     n = []
     for sets in ({"short": SETS["short"]}, SETS):
