@@ -39,7 +39,7 @@ from .progress import Pass, Plan, Progress, size
 from .scores.explanations import Explanation
 from .scores.scores import ForValueScores
 from .scores.writer import open_writer, parts_folder
-from .validation import ValidationSide
+from .validation import ValidationSide, validation_side
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,9 @@ class ForValueScorer:
     Args:
         model: `PreTrainedModel` or `PeftModel` with an output head; left exactly as found.
         validation_dataset: clean rows of the kind that the fine-tuned model should be good at; None where there are
-            none and answers repeat (`method="label_model"` or "auto").
+            none and answers repeat (`method="label_model"` or "auto"). Several sets by name, `{"math": rows, ...}`, as
+            Trainer takes its `eval_dataset`: rows are scored by each of them in one pass (`ForValueScores.by_set`), by
+            the methods that move the head.
         config: `ForValueConfig`.
         processing_class: tokenizer (or processor) for rows that are not tokenised yet.
         data_collator: the trainer's: it is given copies of the rows, one at a time, and what it makes of them is
@@ -91,16 +93,18 @@ class ForValueScorer:
             progress = Progress(*[progress and world()[0] == 0] * 2)
         self.backbone = Backbone(model, self.config.forward_dtype)
         self.row_config = row_config or RowConfig()
+        if rewards := self.backbone.kind == "reward":
+            METHODS[self.config.method](self.config.normalize).refuse_preferences(0)
         prepare = RowPreparer(
             processing_class,
             self.row_config,
             max_positions=self.backbone.max_positions,
-            vocab_size=self.backbone.head().vocab_size,
+            vocab_size=self.backbone.n_tokens if rewards else self.backbone.head().vocab_size,
             takes_types="token_type_ids" in signature(type(self.backbone.causal).forward).parameters,
         )
-        reader = Reader(prepare, data_collator, self._one_by_one(data_collator))
+        reader = Reader(prepare, data_collator, self._one_by_one(data_collator), rewards)
         self.run = Run(self.backbone, reader, self.config.max_tokens_per_batch, progress)
-        self.validation = ValidationSide(self.run, validation_dataset, self.config, self.row_config)
+        self.validation = validation_side(self.run, validation_dataset, self.config, self.row_config)
 
     # ---- what users call ----
 
@@ -109,7 +113,9 @@ class ForValueScorer:
         """One score per row, in row order; NaN and a reason where a row cannot be scored.
 
         Units: nats of log-likelihood, per unit step along a direction; per labelled token with `normalize="length"`,
-        per unit of gradient norm with "cosine"; log odds of clean against noisy with "auto" and "label_model".
+        per unit of gradient norm with "cosine"; log odds of clean against noisy with "auto" and "label_model". By
+        several validation sets these are the units of `by_set`, and `values` are the greatest of each row in standard
+        deviations.
 
         Args:
             path: a file for the scores (`ForValueScores.load` reads it). While they are made, what is known lies
@@ -123,7 +129,7 @@ class ForValueScorer:
             def skip(start: int, digests: list[str]) -> bool:
                 return writer is not None and writer.holds(start, digests)
 
-            score = partial(method.score, state, self.backbone.head())
+            score = self.validation.scoring(state)
             n = 0
             for window in self.run.windows(dataset, method, score, ROWS, skip):
                 n += len(window.samples) if isinstance(window, Window) else window
@@ -222,9 +228,9 @@ class ForValueScorer:
             raise ValueError(f"pairwise scores are defined for method={able}, normalize='none', vocab='full'.")
         if path is not None and not isinstance(dataset, Sized):
             raise ValueError("pairwise(path=...) writes a file of known size: give a data set with a length.")
-        provenance = self.provenance()
+        side, provenance = self.validation.under(self.config.method), self.provenance()
         plan = self._plan(dataset)
-        side, n_validation = self.validation, len(self.validation.samples())
+        n_validation = len(side.samples())
         plan.passes[-1:] = [Pass(PAIRS_WITH, n_validation), Pass(PAIRS, size(dataset))]
         with self._at_work(dataset, plan), pairs_file(path, size(dataset), side.n_rows, provenance) as file:
             pairs = Pairs(self.run, side.method, side.state(), side.samples(), side.n_rows)
@@ -238,7 +244,7 @@ class ForValueScorer:
         """How the head moves, float32 (V, d) (float64 for a float64 model), computed once: D, or the fitted move."""
         self._refuse_unless(METHODS[self.config.method].tokenwise, "the head's direction")
         with left_as_found(self.backbone.model):
-            return self.validation.state()["direction"]
+            return self.validation.under(self.config.method).state()["direction"]
 
     @property
     def fit(self) -> Fit | None:
@@ -264,7 +270,7 @@ class ForValueScorer:
     def _one_by_one(self, data_collator: Any) -> OneByOne | None:
         """How rows are read for a model that is no language model from left to right."""
         backbone, n = self.backbone, self.backbone.head().vocab_size
-        if backbone.kind == "causal":
+        if backbone.kind in ("causal", "reward"):
             return None
         segments = {
             "seq2seq": partial(decoder_segment, decoder_inputs=backbone.decoder_inputs, vocab_size=n),
@@ -290,7 +296,7 @@ class ForValueScorer:
     def _plan(self, dataset: Iterable[Any], side: ValidationSide | None = None) -> Plan:
         side = side or self.validation
         side.look_at(dataset)
-        plan = side.method.plan(side.samples() or side.first, size(dataset), side.known is not None)
+        plan = side.plan(size(dataset))
         if self.config.vocab == "seen":
             plan.passes.insert(len(plan.passes) - 1, Pass(LABELS, size(dataset), 0.0))
         return plan

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 from .config import ForValueConfig
-from .data.reading import kept
+from .data.reading import are_data_sets, kept
 from .data.sft import RowConfig
 from .methods import METHODS
 from .scorer import ForValueScorer
@@ -84,6 +84,12 @@ class ForValueTransform:
             raise ValueError(
                 f"method={self.config.method!r} learns from all the rows, and map shows a batch at a time: "
                 "use dataset.add_column('forvalue_score', ForValueScorer(...).score(dataset).values)."
+            )
+        if are_data_sets(validation_dataset):
+            raise ValueError(
+                f"{len(validation_dataset)} validation sets are given, and which of their scores of a row is the "
+                f"greatest depends on all rows: give one of {', '.join(map(repr, validation_dataset))}, or use "
+                "ForValueScorer.score."
             )
         self._model = model
         self._model_kwargs = dict(model_kwargs or {})

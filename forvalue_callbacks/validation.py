@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from .config import ForValueConfig
 from .data.preference import is_preference
-from .data.reading import examples_of, kept
+from .data.reading import are_data_sets, examples_of, kept
 from .data.reasons import NotFiniteError
 from .data.sample import Sample
 from .data.sft import RowConfig
 from .methods import METHODS, Method
 from .methods.base import OVERFLOW, State, named, warn_of_unscored
+from .methods.gradient import HeadMethod
 from .methods.label_model import REPEATED, share_repeated
+from .methods.sets import score_by_sets
 from .model.backbone import left_as_found
 from .model.fingerprint import digest, hash_weights
-from .model.positions import collated, predicted
+from .model.positions import Columns, Positions, collated, predicted
 from .model.ranks import of_all_ranks, refuse_other, refuse_other_rows, refuse_other_settings, together, world
 from .model.run import Run
+from .progress import Plan
 from .scores.cache import load_state, save_state
 from .scores.files import make_folder
 
@@ -62,11 +66,19 @@ class ValidationSide:
         run: runs the model.
         dataset: validation rows; None: there are none.
         config, row_config: those of the scorer.
+        of_set: what is said behind "validation rows" where there are several sets.
     """
 
-    def __init__(self, run: Run, dataset: Iterable[Any] | None, config: ForValueConfig, row_config: RowConfig):
-        self.run, self.config, self.row_config = run, config, row_config
-        self.dataset = None if dataset is None else kept(dataset)
+    def __init__(
+        self,
+        run: Run,
+        dataset: Iterable[Any] | None,
+        config: ForValueConfig,
+        row_config: RowConfig,
+        of_set: str = "",
+    ):
+        self.run, self.config, self.row_config, self.of_set = run, config, row_config, of_set
+        self.dataset = dataset
         self.first: list[Sample] = []
         self.known: State | None = None
         self.n_rows = 0
@@ -103,11 +115,11 @@ class ValidationSide:
             with together("reading the validation rows") as work:
                 rows = list(self.run.reader.samples(self.dataset))
                 bad = {row.index: row.reason for row in rows if row.reason is not None}
-                warn_of_unscored(bad, len(rows))
+                warn_of_unscored(bad, len(rows), self.of_set)
                 if len(bad) == len(rows):
-                    given = named(bad) or "none given"
+                    given = f"{len(rows)} rows; {named(bad) or 'none given'}"
                     name = self.run.backbone.name
-                    raise ValueError(f"no validation row can be scored by {name} ({len(rows)} rows; {given}).")
+                    raise ValueError(f"no validation row{self.of_set} can be scored by {name} ({given}).")
                 refuse_other_rows(work.exchange([(row.digest, row.reason) for row in rows]), 0, "validation ")
             METHODS[self.config.method](self.config.normalize).refuse(rows)
             self._samples, self.n_rows = [row for row in rows if row.reason is None], len(rows)
@@ -228,8 +240,8 @@ class ValidationSide:
         self.provenance()  # scores are made of what was given
         left = [row for row in self.samples() if row.index not in error.rows]
         if not left:
-            raise ValueError(f"no validation row can be scored: {error}.") from error
-        warn_of_unscored({row: str(error) for row in error.rows}, self.n_rows)
+            raise ValueError(f"no validation row{self.of_set} can be scored: {error}.") from error
+        warn_of_unscored({row: str(error) for row in error.rows}, self.n_rows, self.of_set)
         self._samples, self._complete = left, False
 
     def state(self) -> State:
@@ -250,6 +262,14 @@ class ValidationSide:
                     save_state(file, {name: tensor.cpu().numpy() for name, tensor in self.known.items()})
         return self.known
 
+    def plan(self, n_rows: int | None) -> Plan:
+        """The passes to come over validation rows and so many others."""
+        return self.method.plan(self.samples() or self.first, n_rows, self.known is not None)
+
+    def scoring(self, state: State) -> Callable[[Positions], Columns]:
+        """What gives the numbers of rows."""
+        return partial(self.method.score, state, self.run.backbone.head())
+
     def _fitted(self) -> State:
         method = self.method
         while samples := self.samples():
@@ -264,3 +284,77 @@ class ValidationSide:
             return None
         made_of = repr((version("forvalue-callbacks"), sorted(self.provenance().items())))
         return Path(self.config.direction_cache) / f"direction-{digest(made_of)}.safetensors"
+
+
+class ValidationSets(ValidationSide):
+    """Several validation sets by name, each a side of its own; rows are scored by all of them in one pass.
+
+    Args:
+        datasets: validation rows by the name of their set.
+
+    Raises:
+        ValueError: a method or option that takes one set.
+    """
+
+    def __init__(self, run: Run, datasets: Mapping[str, Any], config: ForValueConfig, row_config: RowConfig):
+        super().__init__(run, datasets, config, row_config)
+        self.names = [str(name) for name in datasets]
+        if not issubclass(METHODS[config.method], HeadMethod) or config.vocab != "full":
+            able = " or ".join(repr(name) for name, method in METHODS.items() if issubclass(method, HeadMethod))
+            self._refuse(f"method={config.method!r} with vocab={config.vocab!r} takes one", f"or use method={able}")
+        self.sides = [
+            ValidationSide(run, rows, config, row_config, f" of {name!r}") for name, rows in datasets.items()
+        ]
+
+    def _refuse(self, what: str, otherwise: str) -> NoReturn:
+        raise ValueError(
+            f"{len(self.names)} validation sets are given, and {what}: give one of {', '.join(map(repr, self.names))} "
+            f"or all rows as one list, {otherwise}."
+        )
+
+    def under(self, name: str) -> ValidationSide:
+        self._refuse("this is by one", "or take ForValueScorer.score, which has a score by each")
+
+    def samples(self) -> list[Sample]:
+        return [sample for side in self.sides for sample in side.samples()]
+
+    @property
+    def method(self) -> Method:
+        return self.sides[0].method
+
+    def provenance(self) -> dict[str, str]:
+        each = [side.provenance() for side in self.sides]
+        rows = zip(self.names, (made_of["validation"] for made_of in each), strict=True)
+        return {**each[0], "validation": digest(repr(list(rows)))}
+
+    def check(self) -> None:
+        for side in self.sides:
+            side.check()
+
+    def state(self) -> State:
+        if self.known is None:
+            method = self.method
+            assert isinstance(method, HeadMethod)
+            self.known = {"along": method.along([side.state() for side in self.sides])}
+        return self.known
+
+    def plan(self, n_rows: int | None) -> Plan:
+        plan = super().plan(n_rows)
+        if self.known is None:
+            plan.passes[:1] = [side.plan(n_rows).passes[0] for side in self.sides if side.known is None]
+        return plan
+
+    def scoring(self, state: State) -> Callable[[Positions], Columns]:
+        method = self.method
+        assert isinstance(method, HeadMethod)
+        return partial(score_by_sets, method, self.names, state["along"], self.run.backbone.head())
+
+
+def validation_side(
+    run: Run, dataset: Iterable[Any] | None, config: ForValueConfig, row_config: RowConfig
+) -> ValidationSide:
+    """The side of one validation set, or of several by name."""
+    dataset = None if dataset is None else kept(dataset)
+    if are_data_sets(dataset):
+        return ValidationSets(run, dataset, config, row_config)
+    return ValidationSide(run, dataset, config, row_config)

@@ -117,7 +117,7 @@ def compare_task(config: VLMConfig, state: dict[str, Tensor], task: str, seed: i
         "cosine of the pixels": lambda: pixels_cosine(train, validation),
         "random": lambda: baselines.random_scores(len(train), len(validation), seed=seed),
     }
-    rows = Rows(train, validation, raw_train, raw_validation, collator)
+    rows = Rows(train, validation, raw_train, raw_validation, collator, collator.prepare.processing_class)
     return compare(config, task, seed, model.eval(), rows, labels(raw_train, raw_validation), cheap)
 
 

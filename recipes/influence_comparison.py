@@ -106,6 +106,7 @@ class Rows(NamedTuple):
     scorer_train: list[dict[str, Any]]
     scorer_validation: list[dict[str, Any]]
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
+    processing_class: Any = None
 
 
 def aucs(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -259,7 +260,12 @@ def compare(
             if suffix == "" and not METHODS[method].pairwise:
                 continue  # one number per row: the whole validation set moves the head
             scorer = ForValueScorer(
-                model, rows.scorer_validation, settings, data_collator=rows.data_collator, progress=False
+                model,
+                rows.scorer_validation,
+                settings,
+                processing_class=rows.processing_class,
+                data_collator=rows.data_collator,
+                progress=False,
             )
             try:
                 add(f"For-Value, {method}{suffix}", meter(partial(call, scorer)))

@@ -58,8 +58,7 @@ def test_evaluation_rows_are_those_that_the_trainer_has_prepared(tmp_path):
     ("validation", "evaluation", "match"),
     [
         ("eval", None, "or the trainer an eval_dataset"),
-        ("eval", SETS, "several sets: name one, as validation_dataset='eval:easy' or 'eval:hard'"),
-        ("eval:other", SETS, "several sets: name one"),
+        ("eval:other", SETS, "no set 'other': give 'eval' for all, or 'eval:easy' or 'eval:hard'"),
         ("eval:easy", EVALUATION, "one set, without names: give 'eval', not 'eval:easy'"),
         ("rows.jsonl", EVALUATION, "is the text 'rows.jsonl': give rows, or 'eval'"),
     ],

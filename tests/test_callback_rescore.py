@@ -66,6 +66,14 @@ def test_what_is_drawn_follows_the_newest_scores_also_when_a_run_goes_on(tmp_pat
     assert drawn(resumed) == epochs[1][0]
 
 
+def test_what_came_of_the_scores_is_said_each_time(tmp_path, capfd, plain):
+    make_trainer(tmp_path, [ForValueCallback(VALIDATION, Drop(0.25), rescore_epochs=1)], num_train_epochs=2).train()
+    said = capfd.readouterr().err
+    assert said.count("For-Value: 24 rows scored in") == 2
+    assert said.count("policy      drop:0.25 keeps 18 rows and drops 6") == 2
+    assert said.count("draws       a kept row is drawn 1.33 times an epoch") == 2
+
+
 def test_what_cannot_be_scored_again_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rescore_epochs is 0"):
         ForValueCallback(VALIDATION, rescore_epochs=0)

@@ -170,8 +170,7 @@ class Bilinear(transformers.BertForSequenceClassification):
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        ("BertForSequenceClassification", {"num_labels": 1}, r"predicts a number \(num_labels=1"),
-        ("LlamaForSequenceClassification", {"num_labels": 1}, r"predicts a number \(num_labels=1"),
+        ("BertForTokenClassification", {"num_labels": 1}, r"predicts a number \(num_labels=1"),
         ("BertForSequenceClassification", {"problem_type": "regression"}, "predicts a number .*'regression'"),
         (
             "RobertaForSequenceClassification",

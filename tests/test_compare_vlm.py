@@ -1,11 +1,14 @@
 """The recipe that compares methods on images: its drawings, its batches, and a small run."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 import yaml
 from trl import TrlParser
 
+from forvalue_callbacks import ForValueScorer
 from helpers.recipes import RECIPES, load
 
 tasks = load("vlm_tasks")
@@ -88,7 +91,14 @@ def test_the_yaml_parses_and_trains_lora_as_the_paper_does():
     assert (config.epochs, config.learning_rate, config.batch_size) == (20, 2e-4, 32)
 
 
-def test_a_small_run_compares_every_method_on_matching_and_on_noise(tmp_path):
+def test_a_small_run_compares_every_method_on_matching_and_on_noise(tmp_path, monkeypatch):
+    spelled = []
+
+    def scorer(*args, processing_class=None, **options):
+        spelled.append(processing_class is not None)
+        return ForValueScorer(*args, processing_class=processing_class, **options)
+
+    monkeypatch.setattr(sys.modules["influence_comparison"], "ForValueScorer", scorer)
     config = recipe.VLMConfig(
         tasks=["style", "animals_50"],
         pretraining_rows=6,
@@ -108,3 +118,5 @@ def test_a_small_run_compares_every_method_on_matching_and_on_noise(tmp_path):
     text = (tmp_path / "compare_vlm.md").read_text()
     assert "| noise | within |" in text
     assert (tmp_path / "compare_vlm.png").read_bytes()[:4] == b"\x89PNG"
+    assert spelled
+    assert all(spelled), "or `auto` does not know what tokens look like"

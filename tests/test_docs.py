@@ -32,6 +32,9 @@ RECIPES = {
     "prefilter_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
     "reweight_sft": ["--max_train_rows", "40", "--max_steps", "2", "--output_dir", "out"],
     "swapped_pairs": ["--train_rows", "40", "--validation_rows", "40", "--seeds", "2"],
+    "targeted_selection": [
+        *("--mixtures", "unnamed", "--train_per_task", "10", "--validation_per_task", "4", "--seeds", "2")
+    ],
 }
 # Run by tests of their own.
 ELSEWHERE = {"pretrain_tiny", "compare_influence", "compare_vlm", "sft_outcomes"}
@@ -74,6 +77,12 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
         assert Path("out/auc.png").is_file()
     if name == "swapped_pairs":
         assert out.count("\n| ") == 3
+    if name == "targeted_selection":
+        cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in out.splitlines() if " | " in line}
+        assert len(cells) == 1 + 9 + 1, "a line for each way, and what all could reach"
+        kept = {way: float(of_shares[1].split()[0]) for way, of_shares in cells.items() if "cosine" in way}
+        assert min(kept.values()) > 0.5, "a tenth of the rows are of the task"
+        assert float(cells["| random"][1].split()[0]) < 0.3
     if name in ("prefilter_sft", "reweight_sft"):
         assert {"adapter_model.safetensors", "forvalue_scores.parquet"} <= {
             path.name for path in Path("out").iterdir()

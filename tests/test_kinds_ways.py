@@ -217,7 +217,7 @@ def test_a_row_that_cannot_be_scored_has_a_reason_and_the_run_goes_on(kind, name
 @pytest.mark.parametrize(
     ("name", "settings", "match"),
     [
-        ("BertForSequenceClassification", {"num_labels": 1}, "predicts a number"),
+        ("BertForSequenceClassification", {"num_labels": 1}, "predicts a number .*this row is none"),
         ("BertForSequenceClassification", {"problem_type": "regression", "num_labels": 3}, "predicts a number"),
         ("BertForSequenceClassification", {"problem_type": "multi_label_classification"}, "multi_label"),
         ("BertForMaskedLM", {}, "reads later tokens"),
@@ -237,7 +237,11 @@ def test_models_that_choose_nothing_are_refused_by_name_before_any_forward_pass(
         data_collator=collator("BertForSequenceClassification"),
         callbacks=[ForValueCallback(rows[:4], verbose=False)],
     )
-    for go in (trainer.train, lambda: prefilter(trainer, rows[:4]), lambda: ForValueScorer(model, rows[:4])):
+    for go in (
+        trainer.train,
+        lambda: prefilter(trainer, rows[:4]),
+        lambda: ForValueScorer(model, rows[:4]).score(rows),
+    ):
         with pytest.raises(ValueError, match=f"{name}.*{match}"):
             go()
     assert passes.n == 0

@@ -177,16 +177,6 @@ def test_swap_is_for_preference_rows_and_for_prefilter(data, tmp_path):
         ForValueCallback(data[2], Swap())
 
 
-def reward(path, rows, **options):
-    from transformers import AutoModelForSequenceClassification
-
-    args, kind = config_of("Reward")
-    model = AutoModelForSequenceClassification.from_pretrained(TINY_MODEL, num_labels=1, dtype=torch.float32)
-    settings = {"output_dir": str(path), "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True}
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    return kind(model, args=args(**settings), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-
-
 def answering(name, path, rows):
     args, kind = config_of(name)
     settings = {"output_dir": str(path), "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True}
@@ -204,7 +194,6 @@ def answering(name, path, rows):
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (reward, "RewardConfig.*one number of a reward model's head.*score the pairs.*by the language model"),
         (partial(answering, "GRPO"), "GRPOConfig are prompts, whose answers are written while it trains"),
         (partial(answering, "RLOO"), "RLOOConfig are prompts, whose answers are written while it trains"),
     ],

@@ -183,7 +183,7 @@ def test_two_callbacks_are_refused_before_either_scores_and_one_may_go_on(tmp_pa
 
 
 OTHER_ROWS = {
-    "compared": ["RewardConfig", "TPOConfig"],
+    "compared": ["TPOConfig"],
     "marked": ["BCOConfig", "PRMConfig"],
     "prompts": ["GRPOConfig", "RLOOConfig", "OnlineDPOConfig", "PPOConfig", "GKDConfig", "NashMDConfig", "XPOConfig"],
 }

@@ -318,6 +318,11 @@ def test_a_stream_cannot_be_shortened_nor_its_packs_taken_apart(tmp_path):
     trainer = make_sft(tmp_path, [callback], train=rows, packing=True, max_length=64)
     with pytest.raises(ValueError, match="a stream packs them as they come: set packing=False"):
         trainer.train()
+    packs = Dataset.from_list([{**row, "seq_lengths": [1, len(row["input_ids"]) - 1]} for row in rows_with_id()])
+    options = {"max_steps": 2, "remove_unused_columns": False}
+    trainer = make_trainer(tmp_path, [ForValueCallback(VALIDATION)], train=packs.to_iterable_dataset(), **options)
+    with pytest.raises(ValueError, match="a stream packs them as they come: set packing=False"):
+        trainer.train()
 
 
 def test_a_method_that_needs_all_rows_has_those_that_the_run_takes(tmp_path):

@@ -85,6 +85,14 @@ def test_small_errors_of_tokens_that_are_known_are_not_lost():
     torch.testing.assert_close(found.score_TK.double(), exact.score_TK, rtol=1e-3, atol=0.0)
 
 
+def test_norms_that_nobody_asks_for_cost_nothing_and_change_nothing():
+    args = problem()
+    asked, not_asked = measured(*args), measured(*args, squares=False)
+    assert not_asked.squares_NK.shape == (len(LENGTHS), 0)
+    for name in ("log_likelihood_T", "temperature_T", "score_TK", "metric_score_TK", "gain_TK"):
+        assert torch.equal(getattr(asked, name), getattr(not_asked, name))
+
+
 def test_nothing_is_measured_along_no_direction():
     head, hidden, labels, directions, _, moves = problem()
     along = core.Along.of(directions[0], [], [], [core.Move.of(moves[0])])

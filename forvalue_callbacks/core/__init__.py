@@ -1,6 +1,6 @@
 """The equations, on plain tensors: imports torch (and numpy) and nothing else of the stack."""
 
-from .head import Head, factor, product, working_dtype
+from .head import Head, factor, pair_head, product, working_dtype
 from .pairs import PAIR_TILE, score_pairs, squared_norms
 from .stats import inverse_with_ridge
 from .stream import (
@@ -34,6 +34,7 @@ __all__ = [
     "log_likelihood_tokens",
     "log_normalizer",
     "measure",
+    "pair_head",
     "product",
     "score_pairs",
     "score_tokens",

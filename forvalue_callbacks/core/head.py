@@ -54,6 +54,19 @@ class Head:
         return self.transform(self.linear(hidden_TD, block))
 
 
+def pair_head(head: Head) -> Head:
+    """Of a head of one output, the reward `r = (w h + b) * scale`, the head of two classes that says of
+    `x = h_chosen - h_rejected` which answer is the better one: `log p(0) = log sigmoid(r_chosen - r_rejected)`, minus
+    the loss of Bradley and Terry.
+
+    Its rows are w and 0. Each of them has a gradient, the one minus the other: with the factor on the weight, inner
+    products are those of the gradients in w.
+    """
+    root = 2**0.5
+    weight = torch.cat([head.weight, torch.zeros_like(head.weight)]) * root
+    return Head(weight, None, head.scale / root)
+
+
 def working_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where any of the tensors is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

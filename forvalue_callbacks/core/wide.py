@@ -74,7 +74,8 @@ class Measured:
         temperature_T: the score along W itself, which is that of a colder softmax; 0 without directions.
         score_TK, metric_score_TK: along each direction D, and along D M.
         gain_TK: log-likelihood after each move, minus before.
-        squares_NK: squared norm of each row's gradient, and then in each metric; no columns without directions.
+        squares_NK: squared norm of each row's gradient, and then in each metric; no columns without directions, or
+            where they are not asked for.
     """
 
     log_likelihood_T: Tensor
@@ -92,6 +93,7 @@ def measure(
     labels_T: Tensor,
     lengths: Sequence[int],
     *,
+    squares: bool = True,
     token_tile: int | None = None,
     vocab_block: int | None = None,
 ) -> Measured:
@@ -101,10 +103,11 @@ def measure(
 
     Args:
         lengths: labelled positions of each row, in the order in which they follow one another.
+        squares: the norms are wanted.
     """
     token_tile, vocab_block = tile_sizes(hidden_TD, token_tile, vocab_block)
     parts = [
-        _Tile(head, along, hidden_TD[tile], labels_T[tile], rows).measured(vocab_block)
+        _Tile(head, along, hidden_TD[tile], labels_T[tile], rows, squares).measured(vocab_block)
         for tile, rows in _tiles(lengths, token_tile)
     ]
     return Measured(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
@@ -125,7 +128,9 @@ class _Tile:
     """Some whole rows, folded over blocks of the vocabulary. Until they are divided by the mass, sums over the softmax
     are times `exp(-top)`."""
 
-    def __init__(self, head: Head, along: Along, hidden_TD: Tensor, labels_T: Tensor, lengths: Sequence[int]):
+    def __init__(
+        self, head: Head, along: Along, hidden_TD: Tensor, labels_T: Tensor, lengths: Sequence[int], squares: bool
+    ):
         self.head, self.along, self.labels_T, self.lengths = head, along, labels_T, lengths
         self.dtype = working_dtype(head.weight, hidden_TD)
         self.hidden_TD = factor(head, hidden_TD, self.dtype)
@@ -140,7 +145,7 @@ class _Tile:
         self.still_TK = new(along.still_VK.shape[1])  # mass of the tokens that moves leave alone, and of all
         places = [torch.searchsorted(move.seen_S, labels_T) for move in along.moves]
         self.after = [OnlineSoftmax(hidden_TD, self.dtype, place) for place in places]
-        groups = _alike(lengths) if along.metrics else []
+        groups = _alike(lengths) if along.metrics and squares else []
         self.grams = [_Gram(lengths, rows, labels_T, self.dtype) for rows in groups]
 
     def measured(self, vocab_block: int) -> Measured:
@@ -211,7 +216,7 @@ class _Tile:
         out = torch.zeros(len(self.lengths), len(states), dtype=torch.float64, device=self.top.device)
         for gram in self.grams:
             out[gram.rows] = torch.stack([gram.squares(states[0], other) for other in states], 1)
-        return out if self.along.metrics else out[:, :0]
+        return out if self.grams else out[:, :0]
 
     def _columns(self, columns: list[Tensor]) -> Tensor:
         return torch.stack(columns, 1) if columns else self.states_TD[:, :0]
@@ -249,7 +254,7 @@ class _Gram:
 
     def squares(self, states_TD: Tensor, other_TD: Tensor) -> Tensor:
         """`sum_{t, t'} <e_t, e_t'> <h_t, M h_t'>` of each row, (R,) float64, for the states h and M h."""
-        products = states_TD[self.place_RL] @ other_TD[self.place_RL].mT
+        products = states_TD[self.place_RL].to(other_TD) @ other_TD[self.place_RL].mT  # a metric may be float64
         return (self.inner * products).sum((1, 2), dtype=torch.float64)
 
 

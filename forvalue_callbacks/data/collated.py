@@ -21,6 +21,8 @@ from .sft import TOKEN_COLUMNS, Row, RowPreparer, columns_of, has_images, refuse
 # What a collator may be given, of a row of tokens, where it stumbles over other columns (a trainer removes those of
 # its training rows, and the validation rows have them still).
 MODEL_COLUMNS = (*TOKEN_COLUMNS, "token_type_ids", "special_tokens_mask")
+# Inputs of so many tokens each; the last is of the rejected answers of pairs.
+TOKENS = ("input_ids", "decoder_input_ids", "rejected_input_ids")
 # What flattening collators say besides; true of one row as it is.
 _OF_FLAT_ROWS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
@@ -285,7 +287,7 @@ def together(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return dict(batches[0])
     lengths = [
         [batch[name].shape[1] for batch in batches]
-        for name in ("input_ids", "decoder_input_ids")
+        for name in TOKENS
         if all(isinstance(batch.get(name), Tensor) for batch in batches)
     ]
     out = {}
@@ -297,7 +299,7 @@ def together(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         sizes = [tuple(value.shape) for value in tensors]
         if of_tokens := [n for n in lengths if sizes == [(1, length) for length in n]]:
             # Token ids go on with the last one, which is no place of an image where the row ends with an answer.
-            ids = name in ("input_ids", "decoder_input_ids")
+            ids = name in TOKENS
             pads = [value[:, -1:] if ids else torch.tensor([[0]]) for value in tensors]
             tensors = [
                 torch.cat([value, pad.to(value).expand(1, max(of_tokens[0]) - n)], 1)

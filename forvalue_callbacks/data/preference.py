@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from .conversations import common_prefix_length, messages_of
 from .reasons import SetUpError, UnscorableError
-from .sample import IGNORED
+from .sample import IGNORED, Segment
 from .sft import Row, RowPreparer, columns_of, has_images, integers
 
 CHOSEN, REJECTED, MARKED = "chosen", "rejected", "completion"
+AGAINST = "rejected_"  # before the names of model inputs that are of the rejected answer
 # How columns of tokens end: of trl 1, of trl before, and of frameworks around it.
 _ENDS = ("_ids", "_input_ids")
 # Columns that make a row one to be learnt as it is, whatever else it has.
@@ -73,6 +75,34 @@ def sides_of(prepare: RowPreparer, example: Mapping[str, Any]) -> list[Side]:
     if pair:
         _refuse_same(rows, found, prepare.config.max_length)
     return [Side(row, weight) for row, weight in zip(rows, weights, strict=True)]
+
+
+def refuse_unless_pair(example: Any) -> None:
+    """Raises UnscorableError for a row that a reward model is not trained on, or is by another loss."""
+    pair = isinstance(example, Mapping) and is_pair(example)
+    if pair and "margin" not in example:
+        return
+    what = "has a 'margin'" if pair else f"is none ({columns_of(example)})"
+    raise SetUpError(
+        "the model predicts a number (num_labels=1), and is scored by pairs, 'chosen' and 'rejected', without a "
+        f"margin; this row {what}: give such pairs, or a classifier that chooses one of several classes"
+    )
+
+
+def pair_segment(sides: Sequence[Side]) -> Segment:
+    """Both sides of a pair as one segment, for a reward model: its one position is what the model's head gets of the
+    chosen answer minus what it gets of the rejected one, and it predicts that the chosen one is better (0)."""
+    inputs: dict[str, Any] = {}
+    for side, name in zip(sides, ("", AGAINST), strict=True):
+        ids = torch.from_numpy(side.row.input_ids)[None]
+        inputs |= {f"{name}input_ids": ids, f"{name}attention_mask": torch.ones_like(ids)}
+    return Segment(inputs, np.array([0]), np.array([0]), n_prompt=1)
+
+
+def inputs_of_sides(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Model inputs of the chosen and of the rejected answers of such segments."""
+    against = {name.removeprefix(AGAINST): value for name, value in inputs.items() if name.startswith(AGAINST)}
+    return [{name: value for name, value in inputs.items() if not name.startswith(AGAINST)}, against]
 
 
 # Token ids and labels of a side, and the columns that they come from.

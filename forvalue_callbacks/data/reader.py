@@ -14,7 +14,7 @@ import xxhash
 from datasets.fingerprint import Hasher
 
 from .collated import Collating, OneByOne, inner, n_bytes
-from .preference import is_preference, made_for_preferences, sides_of
+from .preference import is_preference, made_for_preferences, pair_segment, refuse_unless_pair, sides_of
 from .reading import Unreadable, examples_of
 from .reasons import SetUpError, UnscorableError
 from .sample import IGNORED, Sample, Segment, next_tokens
@@ -34,6 +34,7 @@ class Reader:
         prepare: a row in any form to token ids and labels.
         data_collator: makes rows of the examples, as in training (`Collating`).
         one_by_one: makes samples of rows of models that are no language models from left to right.
+        rewards: the model says how good an answer is, and rows are pairs of a better and a worse one.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Reader:
         prepare: RowPreparer,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         one_by_one: OneByOne | None = None,
+        rewards: bool = False,
     ):
         self.prepare = prepare
         self.one_by_one = one_by_one
+        self.rewards = rewards
         self.collating: Collating | None = None
         if data_collator is not None and one_by_one is None and not made_for_preferences(inner(data_collator)):
             self.collating = Collating(data_collator, prepare)
@@ -68,7 +71,7 @@ class Reader:
             return replace(example, index=index), None
         if isinstance(example, Unreadable):
             return sample_of(index, Row.unscorable(example.reason)), None
-        if is_preference(example):
+        if self.rewards or is_preference(example):
             return self._preference(index, example), None
         if self.one_by_one is not None:
             return self._by_itself(index, example, self.one_by_one)
@@ -97,6 +100,8 @@ class Reader:
         try:
             if self.one_by_one is not None:
                 raise SetUpError("preference rows are scored by language models from left to right: give one of those")
+            if self.rewards:
+                refuse_unless_pair(example)
             sides = sides_of(self.prepare, example)
         except UnscorableError as reason:
             return sample_of(index, Row.unscorable(reason))
@@ -104,6 +109,8 @@ class Reader:
         segments = tuple(
             replace(sample.segments[0], weight=side.weight) for sample, side in zip(samples, sides, strict=True)
         )
+        if self.rewards:
+            segments = (pair_segment(sides),)
         digest = "".join(f"{side.weight:+d}{sample.digest}" for sample, side in zip(samples, sides, strict=True))
         return Sample(index, segments, xxhash.xxh3_64_hexdigest(digest.encode()))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import datasets
 import numpy as np
@@ -37,7 +37,7 @@ def examples_of(dataset: Iterable[Any]) -> Iterator[Any]:
     Raises:
         ValueError: a mapping of several data sets; columns or a path in place of rows.
     """
-    if isinstance(dataset, Mapping) and all(isinstance(next(iter(rows), None), Mapping) for rows in dataset.values()):
+    if are_data_sets(dataset):
         raise ValueError(
             f"a {type(dataset).__name__} of data sets is no data set: give one of {', '.join(map(repr, dataset))}."
         )
@@ -121,8 +121,20 @@ def _apart(dataset: Iterable[Any]) -> Iterator[Any]:
 
 
 def kept(dataset: Any) -> Any:
-    """The data set itself, or the rows of a generator as a list: they are read more than once."""
+    """The data set itself, or the rows of a generator as a list: they are read more than once. Of a mapping of data
+    sets those of each."""
+    if isinstance(dataset, Mapping) and any(isinstance(rows, Iterator) for rows in dataset.values()):
+        return {name: kept(rows) for name, rows in dataset.items()}
     return list(dataset) if isinstance(dataset, Iterator) else dataset
+
+
+def are_data_sets(dataset: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether this is a mapping of data sets, and not of columns."""
+    if not isinstance(dataset, Mapping):
+        return False
+    first = [next(iter(rows), None) for rows in dataset.values()]
+    rows = [row for row in first if row is not None]
+    return bool(rows) and all(isinstance(row, Mapping) for row in rows)
 
 
 def copied(value: Any) -> Any:

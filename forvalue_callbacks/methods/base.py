@@ -109,11 +109,11 @@ def named(reasons: Mapping[int, str]) -> str:
     return "; ".join(f"row {row}: {reasons[row]}" for row in list(reasons)[:3])
 
 
-def warn_of_unscored(reasons: Mapping[int, str], n: int) -> None:
+def warn_of_unscored(reasons: Mapping[int, str], n: int, of_set: str = "") -> None:
     """Names validation rows, of n, that nothing is learned from."""
     if reasons:
         with aside():
-            logger.warning("%d of %d validation rows cannot be scored (%s)", len(reasons), n, named(reasons))
+            logger.warning("%d of %d validation rows%s cannot be scored (%s)", len(reasons), n, of_set, named(reasons))
 
 
 def measured(run: Run, method: Method, state: State, samples: Sequence[Any], name: str) -> Columns:

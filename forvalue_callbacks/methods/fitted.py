@@ -44,6 +44,13 @@ class Fitted(HeadMethod):
         curve = torch.tensor(list(fit.curve.items()), dtype=torch.float64)
         return {"direction": fit.move_VD, "ridge": torch.tensor(fit.ridge, dtype=torch.float64), "curve": curve}
 
+    def along(self, states: Sequence[State]) -> core.Along:
+        moves = [core.Move.of(state["direction"]) for state in states]
+        return core.Along.of(states[0]["direction"], [], [], moves)
+
+    def scores_along(self, found: core.Measured) -> Tensor:
+        return found.gain_TK
+
     def tokens(self, state: State, head: Head, positions: Positions) -> tuple[Tensor, Tensor]:
         return core.gain_tokens(head, state["direction"], positions.hidden_TD, positions.target_T)
 
@@ -51,6 +58,9 @@ class Fitted(HeadMethod):
 class FittedLikelihood(Fitted):
     name = "fitted_likelihood"
     help = "its log-likelihood after the head is fitted on the validation rows"
+
+    def scores_along(self, found: core.Measured) -> Tensor:
+        return found.gain_TK + found.log_likelihood_T[:, None]
 
     def tokens(self, state: State, head: Head, positions: Positions) -> tuple[Tensor, Tensor]:
         gain_T, log_p_T = super().tokens(state, head, positions)

@@ -50,6 +50,14 @@ class HeadMethod(Method):
         square = core.squared_norms(head, hidden, positions.target_T, positions.lengths, metric_TD=metric_TD)
         return square.clamp(min=1e-30).sqrt().cpu().numpy()
 
+    def along(self, states: Sequence[State]) -> core.Along:
+        """What rows are measured along by several validation sets, of which these are the states."""
+        raise NotImplementedError
+
+    def scores_along(self, found: core.Measured) -> Tensor:
+        """Score of each position by each set, (T, K)."""
+        raise NotImplementedError
+
     def row_norms(self, state: State, head: Head, positions: Positions) -> np.ndarray:
         if len(set(positions.index)) == len(positions.lengths) and positions.weights_T is None:
             return self.norms(state, head, positions)
@@ -75,6 +83,15 @@ class Gradient(HeadMethod):
 
     def fit(self, run: Run, validation: Sequence[Sample]) -> State:
         return {"direction": sound(mean_gradient(run, validation, self)[0])}
+
+    def along(self, states: Sequence[State]) -> core.Along:
+        directions = [state["direction"] for state in states]
+        plain_DD = torch.eye(directions[0].shape[1]).to(directions[0])
+        metrics = [self.metric(state) for state in states]  # of the norms: a direction is in its metric already
+        return core.Along.of(directions[0], directions, [plain_DD if m is None else m for m in metrics], [])
+
+    def scores_along(self, found: core.Measured) -> Tensor:
+        return found.score_TK
 
     def tokens(self, state: State, head: Head, positions: Positions) -> tuple[Tensor, Tensor]:
         return core.score_tokens(head, state["direction"], positions.hidden_TD, positions.target_T)

@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..core import Head
-from ..data.seq2seq import shifted_right
+from ..core import Head, pair_head, working_dtype
+from ..data.preference import inputs_of_sides
 from .check import check
-from .kinds import classifies, first_input, head_module, kind_of, logits_of
+from .kinds import classifies, decoder_inputs, first_input, head_module, kind_of, logits_of, of_sequences
 from .sharding import dtype_of, gathered, goes_again, holder_of, readable, refuse_shares, unwrapped
 from .unembedding import left_as_found, linear_map, named_transforms
 
@@ -48,7 +48,8 @@ class Backbone:
         model: without DDP, FSDP1 and compilation; `causal`: without adapters' wrappers too; `holder`: what holds the
             weights, which FSDP1's wrapper does.
         kind: "causal", "seq2seq" (positions are those of the decoder), "sequence classification" (one position a
-            row), "token classification"; classes stand in place of the vocabulary.
+            row), "token classification"; classes stand in place of the vocabulary. "reward": one position for a pair
+            of answers.
 
     Args:
         model: `PreTrainedModel`, or a `PeftModel` around one; DDP and compiled wrappers are looked through.
@@ -148,8 +149,14 @@ class Backbone:
     def head(self) -> Head:
         """The head as it is now, adapters on it included (the score is the gradient in its whole weight).
 
-        Factor and soft-cap are what `check` has seen; before it, what the config says.
+        Factor and soft-cap are what `check` has seen; before it, what the config says. Of a reward model it says which
+        of two answers is better.
         """
+        head = self.own_head()
+        return pair_head(head) if self.kind == "reward" else head
+
+    def own_head(self) -> Head:
+        """The head whose outputs are the model's."""
         module = self.head_module()
         with gathered(self.holder), readable(module, recurse=True):
             weight, bias = linear_map(module, self.name)
@@ -185,22 +192,8 @@ class Backbone:
         return "decoder_attention_mask" if self.kind == "seq2seq" else "attention_mask"
 
     def decoder_inputs(self, labels: Tensor) -> Tensor:
-        """What the decoder reads, (B, L), where it is to predict `labels` (B, L), as the model makes it in training.
-
-        Raises:
-            ValueError: the model has no token that its decoder starts with.
-        """
-        own = getattr(self.causal, "prepare_decoder_input_ids_from_labels", None)
-        if own is not None:
-            return own(labels)
-        config = self.causal.config.get_text_config()
-        start, pad = (getattr(config, f"{x}_token_id", None) for x in ("decoder_start", "pad"))
-        if start is None or pad is None:
-            raise ValueError(
-                f"{self.name}: set decoder_start_token_id and pad_token_id in the model's config, of which the inputs "
-                "of its decoder are made."
-            )
-        return shifted_right(labels, start, pad)
+        """What the decoder reads where it is to predict labels: `kinds.decoder_inputs`."""
+        return decoder_inputs(self.causal, labels)
 
     def autocast(self, dtype: torch.dtype | None = None) -> Any:
         if dtype is None and self.dtype is not None:
@@ -256,7 +249,7 @@ class Backbone:
                 return hidden
             self.runs_whole_model = True  # a base model with a head of its own
         hidden, place = self.up_to_head(inputs)
-        return self.of_sequence(hidden, place) if self.kind == "sequence classification" else hidden
+        return self.of_sequence(hidden, place) if of_sequences(self.kind) else hidden
 
     def _base(self, **inputs: Any) -> Any:
         """The base model by itself, which passes by the forward of the whole one, where FSDP gathers the weights that
@@ -286,7 +279,7 @@ class Backbone:
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = first_input(args, kwargs)
-            if self.kind != "sequence classification" or hidden.ndim == 2:
+            if not of_sequences(self.kind) or hidden.ndim == 2:
                 raise _HeadReached(hidden)
             reached.append(hidden)
 
@@ -325,12 +318,20 @@ class Backbone:
     def hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
         """Inputs of the head, (B, L, D), for a batch of model inputs (`input_ids` (B, L), ...); `labels` go unread.
 
-        Of an encoder-decoder those at the decoder's positions, of a sequence classifier one a row, (B, 1, D).
+        Of an encoder-decoder those at the decoder's positions, of a sequence classifier one a row, (B, 1, D); of a
+        reward model that of the chosen answer minus that of the rejected one.
         """
+        if self.kind != "reward":
+            return self._hidden_states(batch)
+        chosen, rejected = (self._hidden_states(side) for side in inputs_of_sides(batch))
+        dtype = working_dtype(chosen)
+        return chosen.to(dtype) - rejected.to(dtype)
+
+    def _hidden_states(self, batch: Mapping[str, Any]) -> Tensor:
         inputs = self.inputs(batch)
         mask = inputs.get("attention_mask")
         with self.autocast():
-            if self.kind != "sequence classification" or self._pad is not None or mask is None or len(mask) == 1:
+            if not of_sequences(self.kind) or self._pad is not None or mask is None or len(mask) == 1:
                 return self.run(inputs)
             # Without a padding token a classifier takes one row at a time.
             rows = [
@@ -394,4 +395,4 @@ class Backbone:
 
     def check(self, batch: Mapping[str, Any], predicted_BL: Tensor | None = None) -> None:
         """See that the model is what is described here, on a batch, or refuse it by name: `model.check.check`."""
-        check(self, batch, predicted_BL)
+        check(self, inputs_of_sides(batch)[0], predicted_BL)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core import working_dtype
 from ..data.reasons import NotFiniteError
-from .kinds import classifies, first_input, logits_of
+from .kinds import classifies, first_input, logits_of, of_sequences
 from .sharding import gathered, is_sharded
 from .unembedding import excess, left_as_found, named_transforms, seen_transform
 
@@ -90,7 +90,7 @@ def _observe(backbone: Backbone, inputs: dict[str, Any], gain: float = 1.0) -> _
         for hook in hooks:
             hook.remove()
     states, linear = seen.get("head_input"), seen.get("head_output")
-    if backbone.kind == "sequence classification":
+    if of_sequences(backbone.kind):
         with backbone.autocast():
             place = backbone.up_to_head(inputs)[1]
         logits = logits[:, None]
@@ -144,7 +144,7 @@ def _check_head(backbone: Backbone, inputs: dict[str, Any], seen: _Seen, real: T
             gain = _LARGE / max(1.0, *largest)  # neither may overflow
             pairs.append(pair(_observe(backbone, inputs, gain)))
         backbone.transform = seen_transform(candidates, pairs)
-    head = backbone.head()
+    head = backbone.own_head()
     ran = seen.logits.dtype if seen.head_output is None else _coarser(seen.logits, seen.head_output)
     error, explained = excess(head, at(seen.head_input), at(seen.logits), ran)
     if not error <= explained:

@@ -173,7 +173,7 @@ def lines(
     facts = describe(weights)
     how = "with the scores made before" if seconds is None else f"scored in {seconds:.1f} s"
     out = [f"For-Value: {len(scores):,} rows {how}", scores.summary()]
-    if preferences:
+    if preferences and not scores.by_set:
         out.append(_about_preferences(scores))
     kept, dropped = (f"{facts[name]:,}" for name in ("kept", "dropped"))
     if dry_run:

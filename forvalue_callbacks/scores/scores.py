@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from ..report.worst import RowTable
 
+# What the columns of scores by one validation set of several begin with.
+BY_SET = "score_"
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 
 
@@ -37,7 +39,8 @@ class ForValueScores:
     """Scores of N rows, in row order.
 
     Args:
-        values: (N,) float64, higher = more valuable; NaN where a row could not be scored.
+        values: (N,) float64, higher = more valuable; NaN where a row could not be scored. Of several validation sets:
+            the greatest of the row's scores by each, in standard deviations from their mean (`best_of`).
         reasons: N entries: why a row could not be scored, None where it was; what logs and files do not bear (control
             characters, halves of characters) becomes "?".
         log_likelihood: (N,) float64, sum of log p over the labelled tokens; NaN where a row could not be scored.
@@ -46,6 +49,7 @@ class ForValueScores:
             data, config) to its hash; everything else (versions, the config itself) is for the reader.
         row_digests: N digests of the rows, 16 hex digits each, where they are known.
         judgements: what is said of each row beside its score, by methods that do.
+        by_set: of several validation sets the scores by each, (N,) float64 by its name.
 
     Raises:
         ValueError: the lengths differ, or a row has neither a score nor a reason, or both.
@@ -58,6 +62,7 @@ class ForValueScores:
     metadata: dict[str, Any] = field(default_factory=dict)
     row_digests: list[str] | None = None
     judgements: Judgements | None = None
+    by_set: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.values = np.asarray(self.values, dtype=np.float64)
@@ -65,6 +70,7 @@ class ForValueScores:
         self.log_likelihood = np.asarray(self.log_likelihood, dtype=np.float64)
         self.n_labelled = np.asarray(self.n_labelled, dtype=np.int64)
         lengths = [len(self.values), len(self.reasons), len(self.log_likelihood), len(self.n_labelled)]
+        lengths += [len(values) for values in self.by_set.values()]
         if len(set(lengths)) != 1:
             raise ValueError(f"values, reasons, log_likelihood and n_labelled differ in length: {lengths}")
         if self.row_digests is not None and len(self.row_digests) != len(self):
@@ -99,13 +105,17 @@ class ForValueScores:
         """Scores of rows that a `ScoreWriter` keeps, of a method that scores row by row.
 
         Args:
-            parts: in order, with the columns score, log_likelihood and n_labelled, (n,) each.
+            parts: in order, with the columns score (or of several validation sets score_NAME each), log_likelihood and
+                n_labelled, (n,) each.
             metadata: that of the scores.
 
         Raises:
             ValueError: they keep no scores.
         """
-        columns: dict[str, list[np.ndarray]] = {"score": [], "log_likelihood": [], "n_labelled": []}
+        parts = list(parts)
+        sets = [name for name in next((part.columns for part in parts if part.columns), ()) if name.startswith(BY_SET)]
+        names = [*(sets or ["score"]), "log_likelihood", "n_labelled"]
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
         reasons: list[str | None] = []
         digests: list[str] = []
         for part in parts:
@@ -117,8 +127,11 @@ class ForValueScores:
                 kept.append(part.columns.get(name, nothing[name == "n_labelled"]))
             reasons += part.reasons
             digests += part.digests
-        whole = [np.concatenate(kept) if kept else np.zeros(0) for kept in columns.values()]
-        return cls(whole[0], reasons, whole[1], whole[2], metadata, digests)
+        whole = {name: np.concatenate(kept) if kept else np.zeros(0) for name, kept in columns.items()}
+        by_set = {name.removeprefix(BY_SET): whole[name] for name in sets}
+        values = best_of(by_set) if sets else whole["score"]
+        known = (whole["log_likelihood"], whole["n_labelled"])
+        return cls(values, reasons, *known, metadata, digests, by_set=by_set)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -177,7 +190,8 @@ class ForValueScores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one Parquet file (row, score, reason, log_likelihood, n_labelled, and digest where the rows' are
-        known, and the judgements where there are any); a row without a score has null.
+        known, the judgements where there are any, and score_NAME for each of several validation sets); a row without a
+        score has null.
 
         The file appears whole or not at all. In the Parquet schema are the metadata, as JSON, the number of rows and a
         checksum.
@@ -197,6 +211,7 @@ class ForValueScores:
             columns["digest"] = pa.array(self.row_digests, type=pa.string())
         if self.judgements is not None:
             columns |= self.judgements.to_arrow()
+        columns |= {f"{BY_SET}{name}": pa.array(values, from_pandas=True) for name, values in self.by_set.items()}
         return pa.table(columns)
 
     def to_dataset(self) -> Dataset:
@@ -237,6 +252,11 @@ class ForValueScores:
             metadata=metadata,
             row_digests=table["digest"].to_pylist() if "digest" in table.column_names else None,
             judgements=Judgements.from_arrow(table) if "probability" in table.column_names else None,
+            by_set={
+                name.removeprefix(BY_SET): table[name].to_numpy()
+                for name in table.column_names
+                if name.startswith(BY_SET)
+            },
         )
 
     @property
@@ -309,6 +329,19 @@ class ForValueScores:
         from ..report.html import in_notebook
 
         return in_notebook(self)
+
+
+def best_of(by_set: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Of scores (N,) by several validation sets the greatest of each row, (N,), in standard deviations from the mean
+    by each set: a row that is good for one aim is good. NaN stays.
+    """
+    standard = []
+    for values in by_set.values():
+        scored = values[np.isfinite(values)]
+        mean, spread = (scored.mean(), scored.std()) if len(scored) else (0.0, 0.0)
+        alike = spread <= 1e-9 * abs(mean)  # what they differ by is rounding
+        standard.append((values - mean) * 0 if alike else (values - mean) / spread)
+    return np.max(standard, axis=0)
 
 
 def grouped_reasons(reasons: Iterable[str | None]) -> list[tuple[int, str]]:

@@ -59,24 +59,25 @@ class ForValueCallback(TrainerCallback):
     Args:
         validation_dataset: clean rows of the kind that the model should become good at, in any form that the scorer
             takes; prepared by the trainer's own settings (`max_length`, `completion_only_loss`, ...). Or "eval": the
-            trainer's own `eval_dataset` as it has prepared it ("eval:NAME" where it has several); its loss is then no
-            longer an independent measure of the result.
+            trainer's own `eval_dataset` as it has prepared it ("eval:NAME": one of several); its loss is then no
+            longer an independent measure of the result. Several sets by name: a policy sees the greatest of a row's
+            scores by each, in standard deviations (`ForValueScores.values`).
         policy: scores to weights, as a `Policy` or its text ("drop:auto"); `Drop(0.2)` by default.
         config: `ForValueConfig`; `forward_dtype` is the trainer's precision if not given.
         scores: scores of exactly the trainer's training rows, or the path of their file, in place of scoring.
         groups: group of each training row, (N,), for a policy with a `group_column` that the trainer has removed.
         verbose: say what is done and found, with a bar where the trainer's own bars are shown, and write the report.
         dry_run: score, report, and train on every row as without the callback; it is said what the policy would drop.
-
         rescore_epochs: score all rows again after so many epochs each time, with the weights as they are then; None:
-            once, before the first step, as the method is published. What was dropped may come back.
+            once, before the first step, as the method is published. What was dropped may come back. Not by steps: the
+            rows of an epoch are drawn as it begins.
 
     After scoring, `scores` (`ForValueScores`) and `weights` (float64 (N,), all one in a dry run) can be read.
 
     Raises:
         TypeError: a policy or config that is none.
         ValueError: (from `trainer.train()`, before any row is scored) packed rows, rows that are no labelled
-            answers (GRPO, reward, ...), a stream that cannot be read twice alike or a policy that a stream cannot
+            answers (GRPO, ...), a stream that cannot be read twice alike or a policy that a stream cannot
             follow, a loader that cannot draw by weight, `Drop("auto")` without log odds, no evaluation rows for
             "eval", groups that do not fit, scores of other rows, an output folder that cannot be written, a second
             `ForValueCallback`, a model whose head cannot be described; (once scored) a policy that drops all.
@@ -184,8 +185,7 @@ class ForValueCallback(TrainerCallback):
             progress.say("For-Value: the run begins again, with the scores made before its first step")
             return
         warn_of_unscored(self.scores, self.dry_run, rows.streamed)
-        options = {"drawn": not rows.streamed, "dry_run": self.dry_run, "preferences": has_preferences(dataset)}
-        progress.say(lines(self.scores, chosen, self.policy, seconds if made_anew else None, **options))
+        self._say(progress, rows, chosen, seconds if made_anew else None)
         if self.verbose and state.global_step == 0:  # later the weights are no longer those that were scored with
             write_report(args, scorer, self.scores, dataset, chosen, self.policy)
 
@@ -233,6 +233,14 @@ class ForValueCallback(TrainerCallback):
             report(args, state.global_step, found)
         return chosen
 
+    def _say(
+        self, progress: Progress, rows: DrawnRows | StreamedRows, chosen: np.ndarray, seconds: float | None
+    ) -> None:
+        assert self.scores is not None
+        preferences = has_preferences(rows.dataset)
+        options = {"drawn": not rows.streamed, "dry_run": self.dry_run, "preferences": preferences}
+        progress.say(lines(self.scores, chosen, self.policy, seconds, **options))
+
     def on_epoch_end(
         self,
         args: TrainingArguments,
@@ -259,8 +267,7 @@ class ForValueCallback(TrainerCallback):
         self.scores = scorer.score(rows.dataset)
         seconds = time.perf_counter() - started
         chosen = self._install(args, state, rows, scorer, seconds)
-        options = {"drawn": True, "dry_run": self.dry_run, "preferences": has_preferences(rows.dataset)}
-        progress.say(lines(self.scores, chosen, self.policy, seconds, **options))
+        self._say(progress, rows, chosen, seconds)
 
     def _validation(self, state: TrainerState) -> Any:
         rows: Any = self.validation_dataset

@@ -26,10 +26,11 @@ def refuse_other_text(validation_dataset: Any) -> None:
 
 
 def validation_rows(validation_dataset: Any, trainer: Trainer) -> Any:
-    """The rows given, or where they are "eval" or "eval:NAME" the trainer's `eval_dataset` as it has prepared it.
+    """The rows given, or where they are "eval" or "eval:NAME" the trainer's `eval_dataset` as it has prepared it: one
+    set, or all of several by their names.
 
     Raises:
-        ValueError: the trainer has none, has several sets and none is named, or none of that name.
+        ValueError: the trainer has none, or none of that name.
     """
     if not isinstance(validation_dataset, str):
         return validation_dataset
@@ -38,14 +39,15 @@ def validation_rows(validation_dataset: Any, trainer: Trainer) -> Any:
     if rows is None:
         raise ValueError("there are no validation rows: give a validation_dataset, or the trainer an eval_dataset.")
     several = dict(rows) if isinstance(rows, Mapping) else {}
-    if several and name not in several:
+    if several and name and name not in several:
         ways = " or ".join(repr(f"{EVAL}:{other}") for other in several)
-        raise ValueError(f"the trainer's eval_dataset is several sets: name one, as validation_dataset={ways}.")
+        raise ValueError(f"the trainer's eval_dataset has no set {name!r}: give 'eval' for all, or {ways}.")
     if name and not several:
         raise ValueError(f"the trainer's eval_dataset is one set, without names: give 'eval', not 'eval:{name}'.")
     logger.warning("selecting rows by the trainer's eval_dataset: its loss no longer measures the result fairly")
-    chosen = several[name] if several else rows
-    return taken_apart(chosen) if has_packs(chosen) else chosen
+    sets = several if several and not name else {name: several.get(name, rows)}
+    sets = {name: taken_apart(chosen) if has_packs(chosen) else chosen for name, chosen in sets.items()}
+    return sets if several and not name else sets[name]
 
 
 def trainer_of(state: TrainerState) -> Trainer:

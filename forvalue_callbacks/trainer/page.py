@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainingArguments
 
+from ..data.reading import are_data_sets
 from ..data.reasons import place_of
 from ..model.ranks import together
 from ..scorer import ForValueScorer
@@ -63,9 +64,10 @@ def write_report(
 
 
 def explained(scorer: ForValueScorer, scores: ForValueScores, dataset: Any) -> list[Explanation] | None:
-    """Of the worst and the best rows; None where the scores are not this model's by these validation rows, or where
-    the weights are sharded: ranks that fail there cannot tell each other and go on."""
-    if scorer.run.sharded or scorer.validation.dataset is None:
+    """Of the worst and the best rows; None where the scores are not this model's by these validation rows, where these
+    are several sets, or where the weights are sharded: ranks that fail there cannot tell each other and go on."""
+    validation = scorer.validation.dataset
+    if scorer.run.sharded or validation is None or are_data_sets(validation):
         return None
     if differing(scores.metadata.get("provenance", {}), scorer.provenance()):
         return None

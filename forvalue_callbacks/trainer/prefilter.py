@@ -12,6 +12,7 @@ from transformers import Trainer
 from ..config import ForValueConfig
 from ..data.answers import rewritten
 from ..data.packed import LENGTHS, has_packs, packed_again, taken_apart
+from ..data.reading import are_data_sets
 from ..model.ranks import together
 from ..policies import Policy, Swap, as_policy
 from ..progress import speaking
@@ -87,6 +88,8 @@ def _prefilter(
         raise ValueError(f"{policy} turns preference rows round, and the trainer's rows are none: leave Swap out.")
     file = scores_file(args)
     validation_dataset = validation_rows(validation_dataset, trainer)
+    if policy.relabels and are_data_sets(validation_dataset):
+        raise ValueError(f"{policy} needs scores by one validation set, and several are given: give one.")
     progress = progress_of(args, verbose)
     started = time.perf_counter()
     scorer = ForValueScorer(

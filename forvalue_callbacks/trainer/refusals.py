@@ -14,10 +14,10 @@ from ..data.reading import examples_of
 from ..policies import Policy
 from ..scores.scores import ForValueScores
 
-_PAIRS = (
-    "are answers that are compared by the one number of a reward model's head, or three of them at once",
-    "score the pairs ('chosen' and 'rejected') by the language model that is trained or made a reward model of, by "
-    "ForValueScorer(model, validation).score(rows), and filter by that before you make the trainer",
+_TRIPLES = (
+    "are three answers that are compared at once",
+    "score the pairs ('chosen' and 'rejected') among them by ForValueScorer(model, validation).score(rows), and "
+    "filter by that before you make the trainer",
 )
 _MARKED = (
     "are answers marked as right or wrong step by step, or weighed by a classifier",
@@ -30,13 +30,13 @@ _PROMPTS = (
     "those as rows with 'prompt' and 'completion', by ForValueScorer(model, validation).score(rows)",
 )
 # Arguments of TRL's trainers by name (TRL need not be here, and frameworks have classes of their own around these).
-_OF_PAIRS = "RewardConfig TPOConfig"
+_OF_TRIPLES = "TPOConfig"
 _OF_MARKED = "BCOConfig PRMConfig"
 _OF_PROMPTS = """GRPOConfig AsyncGRPOConfig RLOOConfig PPOConfig OnlineDPOConfig NashMDConfig XPOConfig A2POConfig
     SDPOConfig GKDConfig GOLDConfig MiniLLMConfig SDFTConfig IWOPDConfig DistillationConfig AsyncDistillationConfig"""
 _OTHER_ROWS = {
     name: what
-    for names, what in ((_OF_PAIRS, _PAIRS), (_OF_MARKED, _MARKED), (_OF_PROMPTS, _PROMPTS))
+    for names, what in ((_OF_TRIPLES, _TRIPLES), (_OF_MARKED, _MARKED), (_OF_PROMPTS, _PROMPTS))
     for name in names.split()
 }
 

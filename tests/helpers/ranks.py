@@ -22,7 +22,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from forvalue_callbacks import Drop, ForValueCallback, ForValueConfig, ForValueScorer, prefilter
 from forvalue_callbacks.data import reader
@@ -104,6 +110,22 @@ class Patched:
 @scenario(method="fitted")
 def scores(rank, folder, **config):
     return told(scorer_of(**config).score(TRAIN))
+
+
+@scenario(method="whitened", normalize="cosine")
+def scores_by_several_sets(rank, folder, **config):
+    scores = scorer_of(validation={"two": VALIDATION[:2], "others": VALIDATION[2:]}, **config).score(TRAIN)
+    return [*told(scores), *(values.tolist() for values in scores.by_set.values())]
+
+
+@scenario()
+def scores_of_a_reward_model(rank, folder):
+    sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**sizes, num_attention_heads=4, num_labels=1, pad_token_id=0))
+    model = model.double()
+    rows = [{"chosen_ids": row["input_ids"], "rejected_ids": [*row["input_ids"][:1], 5, 6]} for row in TRAIN]
+    return told(scorer_of(model, rows[:6], method="whitened").score(rows[6:]))
 
 
 @scenario()
@@ -554,6 +576,13 @@ def a_callback_on_a_stream(rank, folder):
     stream = Dataset.from_list(TRAIN).to_iterable_dataset()
     trainer_of(folder / "stream", [callback], train=stream, **settings).train()
     return [told(callback.scores), callback.weights.tolist()]
+
+
+@scenario(*both("the shards of the stream are read by a process each.*num_shards=1.*split_batches"))
+def a_callback_on_a_stream_in_shards(rank, folder):
+    stream = Dataset.from_list(TRAIN).to_iterable_dataset(num_shards=4)
+    settings = {"accelerator_config": {"dispatch_batches": False}}
+    trainer_of(folder / "shards", [callback_of()], train=stream, **settings).train()
 
 
 @scenario(fails=-1)
