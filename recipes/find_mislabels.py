@@ -25,9 +25,10 @@ from __future__ import annotations
 import csv
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,10 +37,12 @@ import torch
 from data import DataConfig, change_words, load_rows, swap_answers
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
-from real_errors import RESULTS, TruthConfig, find_errors, tables
+from real_errors import RESULTS, TruthConfig, bag_of_words, find_errors, tables
+from scipy import sparse
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import confusion_matrix, roc_auc_score
-from sklearn.model_selection import cross_val_predict
+from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -199,6 +202,31 @@ def confusions(x: np.ndarray, labels: np.ndarray, tasks: np.ndarray) -> dict[str
     return out
 
 
+def trusting_with(
+    make: Callable[[], Any], x: Any, observed: np.ndarray, x_known: Any, known: np.ndarray
+) -> np.ndarray:
+    """log p(observed label) by a classifier of the rows of the other folds as they are and the validation rows."""
+    out, both = np.zeros(len(observed)), sparse.vstack if sparse.issparse(x) else np.concatenate
+    for others, fold in KFold(3, shuffle=True, random_state=0).split(observed):
+        model = make().fit(both([x[others], x_known]), np.concatenate([observed[others], known]))
+        out[fold] = own_probability(model.classes_, model.predict_proba(x[fold]), observed[fold])
+    return out
+
+
+def word_rivals(train: Dataset, validation: Dataset) -> Iterator[tuple[str, np.ndarray]]:
+    """The same of a bag of words, without a model: name, score."""
+    observed, known = (np.array(side["completion"]) for side in (train, validation))
+    words, classifier = bag_of_words()[:1], partial(clone, bag_of_words()[-1])
+    x_known = words.fit([*train["prompt"], *validation["prompt"]]).transform(validation["prompt"])
+    x = words.transform(train["prompt"])
+    clean = classifier().fit(x_known, known)
+    yield "bag of words on validation rows", own_probability(clean.classes_, clean.predict_proba(x), observed)
+    yield (
+        "bag of words, confident learning with validation rows",
+        trusting_with(classifier, x, observed, x_known, known),
+    )
+
+
 def label_rivals(x: np.ndarray, train: Dataset, true: np.ndarray, x_known: np.ndarray, known: np.ndarray):
     """Scores of classifiers on hidden states: name, score."""
     observed, first = np.array(train["completion"]), x.shape[1] // 2
@@ -207,6 +235,7 @@ def label_rivals(x: np.ndarray, train: Dataset, true: np.ndarray, x_known: np.nd
         yield f"probe on validation rows, {name}", own_probability(clean.classes_, clean.predict_proba(a), observed)
         trusting = cross_val_predict(probe(), a, observed, cv=3, method="predict_proba")
         yield f"confident learning, {name}", own_probability(np.unique(observed), trusting, observed)
+        yield f"confident learning with validation rows, {name}", trusting_with(probe, a, observed, b, known)
         ceiling = cross_val_predict(probe(), a, true, cv=3, method="predict_proba")
         yield f"ceiling: probe on true labels, {name}", own_probability(np.unique(true), ceiling, observed)
     distance = x[:, :first] @ x_known[:, :first].T / np.linalg.norm(x_known[:, :first], axis=1)
@@ -262,7 +291,8 @@ def scored(config: MislabelConfig, model, tokenizer, seed: int) -> Iterator[Resu
             yield result("mutual information", baselines.pmi(model, tokens).numpy())
             yield result("RDS+, mean cosine", baselines.rds_plus(model, tokens, known_tokens).mean(1).numpy())
             if config.of_labels:
-                for name, values in label_rivals(x, train, np.array(clean["completion"]), x_known, known):
+                of_states = label_rivals(x, train, np.array(clean["completion"]), x_known, known)
+                for name, values in chain(of_states, word_rivals(train, validation)):
                     yield result(name, values)
             else:
                 yield result("IFD", -baselines.pmi(model, tokens).exp().numpy())

@@ -95,22 +95,63 @@ def _spread(runs: list[Run], measure: str) -> str:
     return f"{np.mean(values):.3f}{spread}"
 
 
+def spread(values: list[float], gap: float) -> list[float]:
+    """Places of labels beside these heights, of 0 to 1 in any order: as near as may be, at least `gap` apart."""
+    order = np.argsort(values, kind="stable")
+    places = np.array(values, dtype=float)[order]
+    gap = min(gap, 1 / max(1, len(places) - 1))
+    for k in range(1, len(places)):
+        places[k] = max(places[k], places[k - 1] + gap)
+    ceiling = 1.0
+    for k in range(len(places) - 1, -1, -1):
+        places[k] = min(places[k], ceiling)
+        ceiling = places[k] - gap
+    out = np.empty(len(places))
+    out[order] = places
+    return out.tolist()
+
+
+def _points(axes: Any, points: list[tuple[float, float, str, str]]) -> None:
+    """Dots, and their names in a column to the right, each with a line to its dot: many lie on top of one another.
+
+    Args:
+        points: x, y, name and colour.
+    """
+    low, high = min(y for _, y, *_ in points), max(y for _, y, *_ in points)
+    margin = 0.05 * (high - low) or 0.01
+    axes.set_ylim(low - margin, high + margin)
+    heights = [(y - low + margin) / (high - low + 2 * margin) for _, y, *_ in points]
+    for (x, y, name, color), place in zip(points, spread(heights, 0.05), strict=True):
+        axes.plot(x, y, "o", color=color)
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1.04, place),
+            textcoords="axes fraction",
+            fontsize=8,
+            color=color,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0},
+        )
+
+
 def picture(runs: list[Run], budgets: list[str], measure: str, path: Path) -> None:
     """Quality against the share of rows kept, and against seconds of valuation: a row of panels per budget."""
-    figure = Figure(figsize=(13, 5 * len(budgets)), layout="constrained")
+    figure = Figure(figsize=(15, 5 * len(budgets)), layout="constrained")
     rows = figure.subplots(len(budgets), 2, squeeze=False)
     for budget, (left, right) in zip(budgets, rows, strict=True):
         arms = grouped(runs, budget)
-        for (arm, drop), here in arms.items():
-            color = "tab:orange" if arm.split(",")[0] in METHODS else "tab:blue"
-            value, label = _mean(here, measure), arm if drop is None else f"{arm} ({drop})"
-            for axes, what in ((left, "kept_share"), (right, "valuation_seconds")):
-                if what == "valuation_seconds" and arm in (BASE, CEILING):
-                    continue
-                x = _mean(here, what)
-                axes.plot(x, value, "o", color=color)
-                axes.annotate(label, (x, value), fontsize=7, xytext=(4, 2), textcoords="offset points")
-        for axes in (left, right):
+        several = len({drop for _, drop in arms if drop is not None}) > 1
+        for axes, what in ((left, "kept_share"), (right, "valuation_seconds")):
+            shown = [arm for arm in arms if what == "kept_share" or arm[0] not in (BASE, CEILING)]
+            points = []
+            for arm, drop in shown:
+                here = arms[arm, drop]
+                color = "tab:orange" if arm.split(",")[0] in METHODS else "tab:blue"
+                name = f"{arm} ({drop})" if several and drop is not None else arm
+                points.append((_mean(here, what), _mean(here, measure), name, color))
+            if points:
+                _points(axes, points)
             for name, style in ((BASE, "-"), (CEILING, ":")):
                 if (name, None) in arms:
                     axes.axhline(_mean(arms[name, None], measure), color="grey", linewidth=0.8, linestyle=style)

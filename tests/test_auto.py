@@ -3,6 +3,7 @@
 import json
 import logging
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,16 +65,18 @@ def drawn(rng, n, shift=0.0, columns=slice(None), start=0):
         "half": np.arange(n) % 2,
         "fold": fold_of(digests_of(number)),
     }
-    found |= {"length": rng.normal(size=n), "asked": rng.normal(size=n), "rule": np.zeros(n, dtype=int)}
+    found |= {"length": rng.normal(size=n), "asked": rng.normal(size=n)}
+    found |= {"prompt hash": number, "rule": np.zeros(n, dtype=int)}
     forms = {name: np.zeros(n, dtype=bool) for name in ("lower case", "capitals", "full stop")}
     return found | forms | {"end": np.full(n, EOS), "digest": digests_of(number)}
 
 
-def scores_of(clean, copied, train):
+def scores_of(clean, copied, train, bases=None):
     """From what was measured; copies are in the order of the clean rows."""
     sides = [{**side, "class": np.full(len(side["row"]), k)} for k, side in enumerate(copied.values(), 1)]
     copies = {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
-    state = {"clean": clean, "copies": copies, "kinds": list(copied)}
+    reference = SimpleNamespace(bases=None if bases is None else (bases, bases))
+    state = {"clean": clean, "copies": copies, "kinds": list(copied), "reference": reference}
     return Auto().finish(state, Found(lambda: iter([train]), train["digest"]))
 
 
@@ -197,6 +200,41 @@ def test_rows_with_prompts_of_another_kind_are_not_judged_and_kept():
     assert "another kind" in judgements.why[40]
     assert abs(noise.share - 30 / 140) < 2 * noise.share_error + 0.02
     assert (values[:30] < 0).mean() > 0.8
+
+
+def test_states_along_directions_that_validation_rows_chose_are_judged():
+    """Of 200 validation rows all lie where the last of their own directions is 0, and no other row does."""
+    clean, copied, train = shifted()
+    rng = np.random.default_rng(0)
+    wide = rng.normal(size=(400, 300)) / np.arange(1, 301)
+    basis = np.linalg.svd(wide[:200] - wide[:200].mean(0), full_matrices=False)[2].T
+    clean["prompt"], train["prompt"] = np.split(wide.astype(np.float32) @ basis.astype(np.float32), 2)
+    copied["swapped"]["prompt"] = clean["prompt"]
+    for side in (clean, copied["swapped"], train):
+        side["answer"] = side["prompt"] + 0.1
+    values, noise, _ = scores_of(clean, copied, train, bases=basis)
+    assert noise.n_unjudged < 30
+    assert (values[:60] < 0).mean() > 0.8
+    train["prompt"] = train["prompt"] + 30 * (np.arange(200) == 0)
+    assert scores_of(clean, copied, train, bases=basis)[1].n_unjudged == 200, "another kind is seen there too"
+
+
+def test_prompts_that_training_rows_share_do_not_make_them_another_kind():
+    """Five rows of each of 40 prompts: one that is in several folds tells that its rows are no validation rows."""
+    clean, copied, train = shifted()
+    rng = np.random.default_rng(0)
+    prompts = rng.normal(size=(240, 8))
+    clean["prompt"] = clean["answer"] = copied["swapped"]["prompt"] = copied["swapped"]["answer"] = prompts[:200]
+    which = rng.permutation(200) % 40
+    train["prompt"] = train["answer"] = prompts[200 + which]
+    train["asked"] = clean["asked"][which]
+    values, noise, _ = scores_of(clean, copied, {**train, "prompt hash": 1000 + which})
+    assert noise.n_unjudged < 20
+    assert (values[:60] < 0).mean() > 0.8
+    for side in (clean, train):
+        side["prompt hash"] = np.zeros(200, dtype=int)
+    train["prompt"] = train["prompt"] + 1.0  # of images, say, under a text that all rows have
+    assert scores_of(clean, copied, train)[1].n_unjudged > 60, "one prompt for all does not make one fold"
 
 
 def test_answers_far_shorter_or_longer_are_not_judged():

@@ -73,7 +73,7 @@ def test_recipes_take_two_steps(name, tmp_path, monkeypatch, capsys):
         names = {path.name for path in Path("out").iterdir()}
         assert {"scores_gradient.png", "scores_gradient.parquet", "table.md"} <= names
     if name == "find_mislabels":
-        assert out.count("\n| ") == 1 + 6 + 5 + 3 + 7, "methods, other normalisations, cheap rivals, classifiers"
+        assert out.count("\n| ") == 1 + 6 + 5 + 3 + 11, "methods, other normalisations, cheap rivals, classifiers"
         assert Path("out/auc.png").is_file()
     if name == "swapped_pairs":
         assert out.count("\n| ") == 3

@@ -161,6 +161,21 @@ def test_what_half_of_the_validation_rows_says_of_a_row_is_written_out():
             assert relative(by_name(found, h)[name], values) < 1e-6, name
 
 
+def test_rows_of_one_prompt_are_known_by_it():
+    rows, others = answered(6, seed=1), answered(6, seed=2)
+    mixed = []  # prompts of the ones, answers of the others
+    for row, other in zip(rows, others, strict=True):
+        prompt = row["input_ids"][: row["labels"].count(-100)]
+        learnt = [x for x in other["labels"] if x >= 0]
+        mixed.append({"input_ids": prompt + learnt, "labels": [-100] * len(prompt) + learnt})
+    scorer = ForValueScorer(build_model("llama", torch.float64), answered(12, seed=3), progress=False)
+    with torch.no_grad():
+        method, state = reference_of(scorer)
+        first, again = (measured(scorer.run, method, state, side, "rows")["prompt hash"] for side in (rows, mixed))
+    assert first.tolist() == again.tolist()
+    assert len(set(first.tolist())) == 6
+
+
 def test_wide_states_are_kept_along_their_leading_directions(monkeypatch):
     """Prompts along those of the validation rows' prompts, answers along those of their answers."""
     monkeypatch.setattr("forvalue_callbacks.methods.measures.MATCH_DIMENSIONS", 4)

@@ -36,6 +36,14 @@ def test_a_single_pair_has_no_interval_and_no_pair_no_difference():
     assert report.paired({3: 0.5}, {4: 1.0}) is None
 
 
+def test_names_beside_dots_at_one_height_lie_apart_in_the_order_of_their_dots():
+    got = report.spread([0.5, 0.98, 0.1, 0.99, 0.97, 0.1], 0.05)
+    assert got == pytest.approx([0.5, 0.95, 0.1, 1.0, 0.9, 0.15])
+    crowded = report.spread([1.0] * 41, 0.05)
+    assert crowded == pytest.approx([k / 40 for k in range(41)]), "more than fit: closer, and none outside"
+    assert report.spread([0.3], 0.05) == [0.3]
+
+
 def line(arm, seed, accuracy, drop=None, budget=None, **more):
     run = {"arm": arm, "drop": drop, "budget": budget, "seed": seed, "accuracy": accuracy, "test_loss": 1 - accuracy}
     run |= {"kept_share": 0.7, "wrong_share": None, "valuation_seconds": 2.0, "training_seconds": 9.0}

@@ -165,7 +165,8 @@ class Auto(Method):
         return measure(state["reference"], head, positions)
 
     def finish(self, state: State, found: Found) -> tuple[np.ndarray, NoiseEstimate, Judgements]:
-        weighing = Weighing(state["clean"], state["copies"], state["kinds"], found)
+        along = state["reference"].bases is not None
+        weighing = Weighing(state["clean"], state["copies"], state["kinds"], found, along)
         values, noise, judgements = weighing.result()
         with aside():
             _warn(noise, found.n)

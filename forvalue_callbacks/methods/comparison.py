@@ -29,6 +29,9 @@ WHY = {
 # Directions of the prompts that are compared, at most one for so many validation rows.
 DIRECTIONS, ROWS_PER_DIRECTION = 32, 8
 NEIGHBOURS = 3
+# Rows of a prompt are in one fold, or some of them would tell of which side the others are; but for a prompt that more
+# than this of all rows have, which says nothing of a side.
+COMMON = 0.1
 # Training rows may be as far from validation rows as all but this share of those are from each other; and as short or
 # long as all but that share on either side.
 ODD, ODD_LENGTH = 0.01, 0.025
@@ -56,6 +59,7 @@ class Comparison:
     Args:
         clean: columns of the validation rows, with "fold".
         train: columns of training rows, with "fold".
+        leading: prompts lie along the directions in which those of the validation rows differ most, in their order.
 
     Attributes:
         told_apart: AUC with which prompts of the two sides are told apart, cross-fitted.
@@ -64,11 +68,13 @@ class Comparison:
 
     clean: Columns
     train: Columns
+    leading: bool = False
     told_apart: float = field(init=False)
     differences: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._prompts = _Prompts(_sides(self.clean))
+        self._fold_of_prompts()
+        self._prompts = _Prompts(self._sides(self.clean))
         self._lengths = length_range(self.clean["length"])
         self._models, self.told_apart = self._classifiers()
         self._forms, self.differences = _other_forms(self.clean, self.train)
@@ -81,12 +87,35 @@ class Comparison:
         out[(columns["length"] < self._lengths[0]) | (columns["length"] > self._lengths[1])] = OTHER_LENGTH
         for name, value in self._forms.items():
             out[columns[name] != value] = OTHER_FORM
-        x = self._prompts(_sides(columns))
+        x = self._prompts(self._sides(columns))
         far = self._prompts.distance(x) > self._prompts.farthest
         if self.told_apart > DIFFERENT:
-            far |= self._usual - self._log_ratio(x, columns["fold"]) < np.log(LIKELY)
+            far |= self._usual - self._log_ratio(x, self._fold(columns)) < np.log(LIKELY)
         out[far | self._none] = OTHER_PROMPT
         return out
+
+    def _sides(self, columns: Columns) -> Tensor:
+        """Prompts and their lengths. Of leading directions no more than are compared: along the last ones validation
+        rows hardly differ, being those that chose them, and all other rows would lie far away."""
+        prompt = columns["prompt"]
+        if self.leading:
+            prompt = prompt[:, : _n_directions(len(self.clean["prompt"]))]
+        return torch.from_numpy(np.column_stack([prompt, columns["asked"]])).double()
+
+    def _fold_of_prompts(self) -> None:
+        """A prompt that is there once keeps the fold of its row."""
+        names, fold = (np.concatenate([self.clean[n], self.train[n]]) for n in ("prompt hash", "fold"))
+        known, which, counts = np.unique(names, return_inverse=True, return_counts=True)
+        kept = counts <= max(1, COMMON * len(names))
+        total = np.bincount(which, weights=fold).astype(np.int64)
+        self._known, self._fold_of_known = known[kept], total[kept] % FOLDS
+
+    def _fold(self, columns: Columns) -> np.ndarray:
+        """(N,), that of its prompt, or its own."""
+        if not len(self._known):
+            return np.asarray(columns["fold"])
+        place = np.searchsorted(self._known, columns["prompt hash"]).clip(max=len(self._known) - 1)
+        return np.where(self._known[place] == columns["prompt hash"], self._fold_of_known[place], columns["fold"])
 
     def _unlike(self) -> float:
         """Share of the training rows with other prompts or lengths."""
@@ -94,8 +123,8 @@ class Comparison:
 
     def _classifiers(self) -> tuple[list[Tensor], float]:
         """Softmax regressions that tell validation prompts from training prompts, and their AUC out of fold."""
-        sides = [self._prompts(_sides(side)) for side in (self.clean, self.train)]
-        x, fold = torch.cat(sides), np.concatenate([self.clean["fold"], self.train["fold"]])
+        sides = [self._prompts(self._sides(side)) for side in (self.clean, self.train)]
+        x, fold = torch.cat(sides), np.concatenate([self._fold(self.clean), self._fold(self.train)])
         targets = torch.zeros(len(x), 2, dtype=torch.float64)
         targets[: len(sides[0]), 0] = len(x) / 2 / len(sides[0])
         targets[len(sides[0]) :, 1] = len(x) / 2 / len(sides[1])
@@ -122,7 +151,7 @@ class _Prompts:
     """Prompts along the directions in which those of the validation rows differ most, with their length."""
 
     def __init__(self, x_MD: Tensor):
-        n = min(DIRECTIONS, max(1, len(x_MD) // ROWS_PER_DIRECTION), x_MD.shape[1])
+        n = min(_n_directions(len(x_MD)), x_MD.shape[1])
         self.center, self.spread = x_MD.mean(0), x_MD.std(0) + 1e-9
         z = (x_MD - self.center) / self.spread
         self.basis = torch.linalg.svd(z, full_matrices=False).Vh[:n].T
@@ -140,8 +169,8 @@ class _Prompts:
         return near[:, :NEIGHBOURS].mean(1).numpy()
 
 
-def _sides(columns: Columns) -> Tensor:
-    return torch.from_numpy(np.column_stack([columns["prompt"], columns["asked"]])).double()
+def _n_directions(n_validation: int) -> int:
+    return min(DIRECTIONS, max(1, n_validation // ROWS_PER_DIRECTION))
 
 
 def _expand(x: Tensor) -> Tensor:

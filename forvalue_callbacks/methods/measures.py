@@ -8,6 +8,7 @@ validation row is never judged by itself.
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -144,6 +145,7 @@ def whole_rows(reference: Reference, head: core.Head, positions: Positions) -> C
         "length": np.log(n),
         "repetition": np.array([_repetition(learnt(segment)) for segment in positions.segments]),
         "asked": np.log1p([segment.n_prompt for segment in positions.segments]),
+        "prompt hash": np.array([prompt_hash(segment) for segment in positions.segments], dtype=np.int64),
         **_forms(reference.spelling, positions.segments),
     }
     halves = {"overlap": np.array([reference.overlap(segment) for segment in positions.segments])}
@@ -167,6 +169,11 @@ def whole_rows(reference: Reference, head: core.Head, positions: Positions) -> C
         "n_labelled": n.astype(np.int64),
         "reason": reasons_unless(finite),
     }
+
+
+def prompt_hash(segment: Segment) -> int:
+    """The same for rows whose prompts have the same tokens."""
+    return zlib.crc32(np.ascontiguousarray(segment.ids[: segment.n_prompt], dtype=np.int64).tobytes())
 
 
 def _repetition(tokens: np.ndarray) -> float:

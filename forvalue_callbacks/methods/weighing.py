@@ -75,15 +75,16 @@ class Weighing:
         copies: of their corrupted copies, with "fold", "half" and "row" of the original, and "class", 1 to K.
         kinds: the names of the K classes.
         found: the training rows.
+        leading: mean states lie along their leading directions, in their order.
     """
 
-    def __init__(self, clean: Columns, copies: Columns, kinds: Sequence[str], found: Found):
+    def __init__(self, clean: Columns, copies: Columns, kinds: Sequence[str], found: Found, leading: bool):
         self.clean, self.copies, self.kinds, self.found = clean, copies, kinds, found
         self.fold = fold_of(found.digests)
         some = found.some()
-        names = ["prompt", "answer", "asked", "length", "end", "lower case", "capitals", "full stop"]
+        names = ["prompt", "prompt hash", "answer", "asked", "length", "end", "lower case", "capitals", "full stop"]
         train = {**found.take(some, names), "fold": self.fold[some]}
-        self.comparison = Comparison(clean, train)
+        self.comparison = Comparison(clean, train, leading)
         fold = np.concatenate([clean["fold"], train["fold"]])
         prompts, answers = (torch.cat(side) for side in zip(_means(clean), _means(train), strict=True))
         self.match = Match(prompts, answers, fold)
