@@ -1,18 +1,17 @@
 """Peak memory of scoring as rows grow: what is known of rows goes to a file a window at a time, and is not held.
 
     python recipes/benchmark_memory.py
-    python recipes/benchmark_memory.py --rows 10000 50000 100000 300000 --methods gradient
+    python recipes/benchmark_memory.py --rows 10000 50000 --methods gradient auto --hidden_sizes 256 --vocabulary 2048
 
-Rows are made when they are asked for: 12 tokens, the last two an answer that is one of 20 for `label_model`, any two
-tokens for the others. The model has the shape of the tiny one with d=256, 2 layers and random weights. Each run is a
-process of its own; its peak is that above what it held before `score(rows, path)`. Writes benchmark_memory.md to
-`output_dir`.
+Rows have 6 tokens, the last two an answer that is one of 4 for `label_model`, any two tokens for the others; the model
+is a Llama of 2 layers with random weights. Each run is a process of its own; its peak is that above what it held before
+`score(rows, path)`. The slope is that between the two largest numbers of rows: a method learns from so many rows at
+most, and what it keeps of those is no slope. Writes benchmark_memory.md to `output_dir`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,23 +21,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from datasets import Dataset
 from influence_report import Meter, known
-from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import TrlParser
 
 from forvalue_callbacks import ForValueConfig, ForValueScorer
+from forvalue_callbacks.methods import METHODS
+from forvalue_callbacks.methods.base import MAX_ROWS
 
-METHODS = ("gradient", "label_model", "auto")
-LENGTH, ANSWER, ANSWERS, VOCABULARY = 12, 2, 20, 2048
+LENGTH, ANSWER, ANSWERS, FIRST_TOKEN = 6, 2, 4, 64
 VALIDATION_ROWS = 60
-GIB = 2**30
+# The rows are short, so many go through the model at once.
+TOKENS = 8192
 
 
 @dataclass
 class MemoryConfig:
-    rows: list[int] = field(default_factory=lambda: [10_000, 50_000, 100_000], metadata={"help": "Rows scored."})
+    rows: list[int] = field(default_factory=lambda: [10_000, 50_000, 200_000], metadata={"help": "Rows scored."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."})
+    hidden_sizes: list[int] = field(default_factory=lambda: [32, 128], metadata={"help": "Of the model."})
+    vocabulary: int = field(default=256, metadata={"help": "Tokens that the model knows."})
     alone: bool = field(default=False, metadata={"help": "Score once, in this process, and print it (internal)."})
     output_dir: str = field(default="outputs/benchmark_memory", metadata={"help": "Where the report goes."})
 
@@ -46,73 +49,77 @@ class MemoryConfig:
         known("methods", self.methods, METHODS)
 
 
-class Rows(Dataset):
-    """Rows that are made by their place: a prompt that holds what the answer is, and sometimes another answer."""
-
-    def __init__(self, n: int, seed: int, repeating: bool, noise: float):
-        self.n, self.seed, self.repeating, self.noise = n, seed, repeating, noise
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        rng = np.random.default_rng((self.seed, index))
-        ids = rng.integers(100, VOCABULARY, LENGTH)
-        if self.repeating:
-            ids[0] = rng.integers(ANSWERS)
-            right = ids[0] if rng.random() >= self.noise else rng.integers(ANSWERS)
-            ids[-ANSWER:] = 20 + right, 40 + right
-        return {"input_ids": ids.tolist(), "labels": [-100] * (LENGTH - ANSWER) + ids[-ANSWER:].tolist()}
+def rows_of(n: int, seed: int, vocabulary: int, repeating: bool, noise: float) -> Dataset:
+    """Prompts that hold what the answer is, and sometimes another answer; or else any tokens."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(FIRST_TOKEN, vocabulary, (n, LENGTH))
+    if repeating:
+        ids[:, 0] = rng.integers(ANSWERS, size=n)
+        right = np.where(rng.random(n) < noise, rng.integers(ANSWERS, size=n), ids[:, 0])
+        ids[:, -ANSWER:] = np.stack([20 + right, 40 + right], 1)
+    labels = np.where(np.arange(LENGTH) < LENGTH - ANSWER, -100, ids)
+    return Dataset.from_dict({"input_ids": list(ids), "labels": list(labels)})
 
 
-def model() -> LlamaForCausalLM:
+def model(hidden_size: int, vocabulary: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape)).eval()
+    shape = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_attention_heads=4, **shape)).eval()
 
 
-def score(method: str, n: int) -> tuple[int, float]:
-    """Bytes above what was held before, and seconds."""
+def held() -> float:
+    """MiB that this process holds, when what was freed has gone back to the system."""
+    peak = Meter("wall")(lambda: None).peak_mib
+    assert peak is not None
+    return peak
+
+
+def score(method: str, n: int, hidden_size: int, vocabulary: int) -> tuple[float, float]:
+    """MiB above what was held before, and seconds."""
     repeating = method == "label_model"
-    validation = Rows(VALIDATION_ROWS, 1, repeating, 0.0)
-    scorer = ForValueScorer(model(), validation, ForValueConfig(method=method), progress=False)
-    rows = Rows(n, 0, repeating, 0.2)
+    validation = rows_of(VALIDATION_ROWS, 1, vocabulary, repeating, 0.0)
+    config = ForValueConfig(method=method, max_tokens_per_batch=TOKENS)
+    scorer = ForValueScorer(model(hidden_size, vocabulary), validation, config, progress=False)
+    rows = rows_of(n, 0, vocabulary, repeating, 0.2)
     scorer.provenance()  # reads the validation rows and the weights
-    before = int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+    before = held()
     with tempfile.TemporaryDirectory() as folder:
         measured = Meter("wall")(lambda: scorer.score(rows, Path(folder) / "scores.parquet"))
     assert measured.peak_mib is not None
-    return int(measured.peak_mib * 2**20) - before, measured.seconds
+    return measured.peak_mib - before, measured.seconds
 
 
-def in_a_process(method: str, n: int) -> tuple[int, float]:
+def in_a_process(method: str, n: int, hidden_size: int, vocabulary: int) -> tuple[float, float]:
     arguments = ["--alone", "true", "--methods", method, "--rows", str(n)]
+    arguments += ["--hidden_sizes", str(hidden_size), "--vocabulary", str(vocabulary)]
     done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main(config: MemoryConfig) -> str:
     if config.alone:
-        print(json.dumps(score(config.methods[0], config.rows[0])))
+        print(json.dumps(score(config.methods[0], config.rows[0], config.hidden_sizes[0], config.vocabulary)))
         return ""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    out = [f"Rows of {LENGTH} tokens, d=256, {VALIDATION_ROWS} validation rows; {versions}, a CPU.", ""]
-    out += ["| method | rows | MiB above the model | seconds |", "|---|---|---|---|"]
-    slopes = []
+    rows = sorted(config.rows)
+    out = [
+        f"Rows of {LENGTH} tokens, {VALIDATION_ROWS} validation rows, a vocabulary of {config.vocabulary}; torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, a CPU. MiB above the model, and seconds; "
+        f"what is learned from {MAX_ROWS:,} rows at most is the same from there on.",
+        "",
+        f"| method | hidden size | {' | '.join(f'{n:,} rows' for n in rows)} | bytes a row |",
+        "|---|---|" + "---|" * (len(rows) + 1),
+    ]
     for method in config.methods:
-        peaks = []
-        for n in config.rows:
-            peak, seconds = in_a_process(method, n)
-            peaks.append(peak)
-            out.append(f"| {method} | {n:,} | {peak / 2**20:.0f} | {seconds:.0f} |")
+        for size in config.hidden_sizes:
+            found = [in_a_process(method, n, size, config.vocabulary) for n in rows]
+            cells = [f"{peak:.0f} ({seconds:.0f} s)" for peak, seconds in found]
+            slope = "-"
+            if len(rows) > 1:
+                slope = f"{(found[-1][0] - found[-2][0]) * 2**20 / (rows[-1] - rows[-2]):.0f}"
+            out.append(f"| {method} | {size} | {' | '.join(cells)} | {slope} |")
             print(out[-1], flush=True)
-        if len(config.rows) > 1:
-            slope, start = np.polyfit(config.rows, peaks, 1)
-            slopes.append(f"| {method} | {slope:.0f} | {(start + slope * 1e6) / GIB:.2f} |")
-    if slopes:
-        out += ["", "| method | bytes a row | GiB above the model at 1,000,000 rows |", "|---|---|---|", *slopes]
     text = "\n".join([*out, ""])
     (folder / "benchmark_memory.md").write_text(text)
     print(text)

@@ -164,6 +164,20 @@ def test_a_share_that_is_hardly_known_lets_no_more_be_dropped_than_its_lower_end
     assert 0 < (values < 0).sum() <= (0.9 - 1.96 * 0.4) * n_judged
 
 
+def test_of_many_kinds_one_is_found_in_clean_rows_by_chance_so_a_share_must_be_surer(monkeypatch):
+    """By two and a half standard errors: enough where one kind is looked for, not where seven are."""
+    monkeypatch.setattr("forvalue_callbacks.methods.weighing.share_by_moments", lambda *_: (0.1, 0.04))
+    clean, copied, train = shifted()
+    assert (scores_of(clean, copied, train)[0] < 0).any()
+    rng = np.random.default_rng(7)
+    more = {f"kind {k}": drawn(rng, 200, 3.0, slice(k, k + 5)) for k in range(1, 7)}
+    values, noise, _ = scores_of(clean, copied | more, train)
+    assert min(known.auc for known in noise.evidence.values()) > 0.6
+    assert (values >= 0).all()
+    monkeypatch.setattr("forvalue_callbacks.methods.weighing.share_by_moments", lambda *_: (0.3, 0.04))
+    assert (scores_of(clean, copied | more, train)[0] < 0).sum() > 40
+
+
 def test_the_claim_about_a_kind_holds_on_rows_that_nobody_has_seen():
     """Its AUC on copies of the validation rows, out of fold, against that of training rows that went wrong alike."""
     claimed, true = [], []

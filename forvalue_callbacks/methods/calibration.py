@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -206,6 +207,13 @@ def share_by_moments(
     share = float(np.clip((a - of_training.mean()) / span, 0, 1))
     variance = of_training.var() / len(of_training) + (1 - share) ** 2 * a_variance + share**2 * b_variance
     return share, float(min(1.0, np.sqrt(variance) / span))
+
+
+def errors_of_one_of(n_kinds: int) -> float:
+    """Standard errors above 0 of which a share is more than what chance looks like: as many as `INTERVAL` where a
+    single kind of noise is looked for. Training rows choose the kinds that explain them best, and of many one explains
+    clean rows by chance more often than one of one does (Bonferroni 1936)."""
+    return NormalDist().inv_cdf(1 - (1 - NormalDist().cdf(INTERVAL)) / max(1, n_kinds))
 
 
 def log_odds(log_p: np.ndarray, class_shares: np.ndarray, noisy: np.ndarray) -> np.ndarray:

@@ -19,7 +19,17 @@ from ..model.positions import Columns
 from ..scores.judgements import Judgements
 from ..scores.noise import USEFUL_AUC, Evidence, NoiseEstimate, ValidationNoise
 from .base import Found
-from .calibration import FOLDS, INTERVAL, Classifier, fit_classifier, log_odds, share_by_moments, shares, shift_to
+from .calibration import (
+    FOLDS,
+    INTERVAL,
+    Classifier,
+    errors_of_one_of,
+    fit_classifier,
+    log_odds,
+    share_by_moments,
+    shares,
+    shift_to,
+)
 from .comparison import LIKE, OTHER_LENGTH, WHY, Comparison, length_range
 from .measures import CANDIDATES, Match, features
 
@@ -143,7 +153,7 @@ class Weighing:
         if share[self.noisy].any():
             total, error = self._share(share, judged)
         spread = INTERVAL * error
-        if total > spread:
+        if total > errors_of_one_of(int(self.noisy[useful].sum())) * error:
             most = total - spread if error > UNSURE else min(1.0, total + spread)
             values += shift_to(values[judged], total, most)
         elif judged.any():
