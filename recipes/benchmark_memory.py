@@ -3,8 +3,8 @@
     python recipes/benchmark_memory.py
     python recipes/benchmark_memory.py --rows 10000 50000 --methods gradient auto --hidden_sizes 256 --vocabulary 2048
 
-Rows have 6 tokens, the last two an answer that is one of 4 for `label_model`, any two tokens for the others; the model
-is a Llama of 2 layers with random weights. Each run is a process of its own; its peak is that above what it held before
+Rows have 6 tokens, the last two an answer that is one of 4 for `label_model`, any two for the others; the model is a
+Llama of 2 layers with random weights. Each run is a process of its own; its peak is that above what it held before
 `score(rows, path)`. The slope is that between the two largest numbers of rows: a method learns from so many rows at
 most, and what it keeps of those is no slope. Writes benchmark_memory.md to `output_dir`.
 """

@@ -19,7 +19,7 @@ ATTACK = int(os.environ.get("ATTACK", "1"))
 LONG = ATTACK > 1
 SAMPLES = range(min(ATTACK, 3)) if LONG else range(1)
 SIZES = (50, 150, 300) if LONG else (50,)
-ROWS = 200 if LONG else 60
+ROWS = 200 if LONG else 70
 KINDS = [*FREE, *FEW] if LONG else ["all sorts", "moods, minority class", "moods, minority language"]
 DROPPED = 0.03
 
