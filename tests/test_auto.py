@@ -174,6 +174,7 @@ def test_of_many_kinds_one_is_found_in_clean_rows_by_chance_so_a_share_must_be_s
     values, noise, _ = scores_of(clean, copied | more, train)
     assert min(known.auc for known in noise.evidence.values()) > 0.6
     assert (values >= 0).all()
+    assert noise.share - 1.96 * noise.share_error <= 0, "what is said is what is done"
     monkeypatch.setattr("forvalue_callbacks.methods.weighing.share_by_moments", lambda *_: (0.3, 0.04))
     assert (scores_of(clean, copied | more, train)[0] < 0).sum() > 40
 
@@ -292,6 +293,7 @@ def test_a_form_that_one_side_has_and_the_other_has_not_is_named_and_no_noise(na
     values, noise, judgements = scores_of(clean, copied, train)
     assert (values >= 0).all()
     assert noise.n_unjudged == len(values)
+    assert (noise.share, noise.share_error) == (0.0, 1.0), "nothing is known"
     assert len(noise.differences) == 1
     assert word in noise.differences[0]
     assert noise.differences[0] in caplog.text

@@ -168,3 +168,17 @@ def test_the_ridge_moves_smoothly_with_the_data():
     ]
     assert max(ridges) > 2 * min(ridges)
     assert np.abs(np.diff(np.log(ridges))).max() < np.log(5)
+
+
+def test_rows_out_of_fold_look_no_more_usual_than_rows_that_nobody_has_seen():
+    """Few clean rows, against which all are made relative: those of a fold may not be among them."""
+    gaps = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        x, length = rng.standard_t(4, size=(90, 8)), rng.normal(size=90)
+        x[45:] += 0.7
+        classes, rows = np.repeat([0, 1], 45), np.tile(np.arange(45), 2)
+        classifier, held_out = fit_classifier(x, length, classes, rows % FOLDS)
+        unseen = classifier.by_fold(rng.standard_t(4, size=(1000, 8)), rng.normal(size=1000))
+        gaps.append(np.exp(held_out[:45, 0]).mean() - np.exp(unseen[:, :, 0]).mean())
+    assert abs(np.mean(gaps)) < 0.02

@@ -83,7 +83,8 @@ class Classifier:
     """Class probabilities of rows, as if all classes were equally frequent.
 
     Args:
-        relative: how features become those of rows of one length.
+        relative: how features become those of rows of one length; `relatives`: without the clean rows of each fold,
+            which else would look more usual than rows that nobody has seen.
         coefficients: by fold that they have not seen, (2 F + 1, K + 1) each, on those features and their squares: with
             the squares, classes may differ in spread, which the estimate of the shares needs most.
         ridge: where the likelihood in cross-validation is best, between those that were tried too: of two that do as
@@ -91,13 +92,14 @@ class Classifier:
     """
 
     relative: Relative
+    relatives: list[Relative]
     coefficients: list[Tensor]
     ridge: float
 
     def by_fold(self, features: np.ndarray, length: np.ndarray) -> np.ndarray:
         """log p by each of them, (FOLDS, N, K + 1)."""
-        x = _expand(self.relative(features, length))
-        return np.stack([_log_softmax(logits(model, x).numpy()) for model in self.coefficients])
+        folds = zip(self.relatives, self.coefficients, strict=True)
+        return np.stack([_log_softmax(logits(model, _expand(own(features, length))).numpy()) for own, model in folds])
 
     def spoke(self, features: np.ndarray, length: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How much each feature said for "clean" against the kind (0 to K - 1) of each row, (N, F), against what it
@@ -122,7 +124,8 @@ def fit_classifier(
     """
     clean = classes == 0
     relative = Relative.of(features[clean], length[clean])
-    x = _expand(relative(features, length))
+    relatives = [Relative.of(features[some], length[some]) for some in (clean & (fold != k) for k in range(FOLDS))]
+    by_fold = [_expand(own(features, length)) for own in relatives]
     counts = np.bincount(classes)
     onehot = np.eye(len(counts))[classes] * (len(classes) / len(counts) / counts)[:, None].T
     targets = torch.from_numpy(onehot)
@@ -132,10 +135,10 @@ def fit_classifier(
         """Likelihood out of fold, the models, and what they say out of fold."""
         models = [
             fit_softmax(x[some], targets[some], ridge, start_FK=at, iterations=ITERATIONS)
-            for some, at in zip(kept, start, strict=True)
+            for x, some, at in zip(by_fold, kept, start, strict=True)
         ]
         held_out = np.zeros_like(onehot)
-        for some, model in zip(kept, models, strict=True):
+        for x, some, model in zip(by_fold, kept, models, strict=True):
             held_out[~some.numpy()] = _log_softmax(logits(model, x[~some]).numpy())
         return float((onehot * held_out).sum()), models, held_out
 
@@ -147,7 +150,7 @@ def fit_classifier(
     k, away = _highest([likelihood for likelihood, _, _ in tried])
     ridge = RIDGES[k] * (RIDGES[1] / RIDGES[0]) ** away
     _, found, held_out = fit(ridge, tried[k][1]) if away else tried[k]
-    return Classifier(relative, found, ridge), held_out
+    return Classifier(relative, relatives, found, ridge), held_out
 
 
 def _highest(values: Sequence[float]) -> tuple[int, float]:

@@ -149,11 +149,11 @@ class Weighing:
         if judged.any():
             share[useful] = shares(log_p[np.ix_(judged, useful)], len(self.clean["fold"]))
         values = log_odds(log_p, share, self.noisy)
-        total, error = 0.0, 0.0
+        total, error = 0.0, 0.0 if judged.any() else 1.0
         if share[self.noisy].any():
             total, error = self._share(share, judged)
-        spread = INTERVAL * error
-        if total > errors_of_one_of(int(self.noisy[useful].sum())) * error:
+        spread, sure = INTERVAL * error, errors_of_one_of(int(self.noisy[useful].sum()))
+        if total > sure * error:
             most = total - spread if error > UNSURE else min(1.0, total + spread)
             values += shift_to(values[judged], total, most)
         elif judged.any():
@@ -173,7 +173,9 @@ class Weighing:
             self.evidence,
             len(self.clean["fold"]),
             by_kind,
-            share_error=float(error * rest),
+            share_error=float(
+                min(1.0, error * sure / INTERVAL) * rest
+            ),  # its interval holds 0 where no row is dropped
             n_unjudged=int((unlike != LIKE).sum() - (ruled & (unlike != LIKE)).sum()),
             n_unlike=int((odd & (unlike == LIKE) & ~ruled).sum()),
             differences=(*self.comparison.differences, *self._other_forms(share)),
