@@ -23,6 +23,8 @@ except ImportError:  # Windows
 
 TEMPORARY, TEMPORARY_FOLDER = re.compile(r"\.forvalue-[0-9a-f]{32}"), re.compile(r"forvalue-[0-9a-f]{32}")
 DAY = 86400.0  # seconds
+# So often a folder is made that another process removes meanwhile.
+TRIES = 10
 # A link in the place of a file that is to be opened is an error and not another file.
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
@@ -132,19 +134,18 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
         ValueError: it cannot be, as a file tried out there shows.
     """
     folder = Path(folder)
-    while True:
-        made = False
+    for tries_left in reversed(range(TRIES)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            made = True
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError as error:
-            if (made or isinstance(error, FileExistsError)) and not os.path.lexists(folder):
-                continue  # another process has removed it since
+            if tries_left and not os.path.lexists(folder):  # another process may have removed it since
+                continue
             raise ValueError(
                 f"nothing can be written to the folder {folder} ({error.strerror}): choose another."
             ) from error
+    raise AssertionError("the last try returns or raises")
 
 
 def hold_folder(folder: str | os.PathLike[str], lock_name: str) -> tuple[Path, int | None]:
