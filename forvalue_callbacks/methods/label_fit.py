@@ -137,10 +137,7 @@ def fit_labels(
     z = [maps[name](x) for name, x in both.items()]
     kinds = [maps[name].kind for name in both]
     sides = _Sides(z, kinds, answers.numbers(known_M), answers.numbers(observed_N), answers, rng)
-    candidates = {GIVEN: _as_given(sides, sides.observed != answers.another)}
-    if sides.m:
-        candidates[ALONE] = _as_given(sides, sides.unknown)
-        candidates[EXPECTED] = _as_expected(sides, candidates[ALONE])
+    candidates = _candidates(sides, answers.another)
     likelihood = {name: chains.likelihood for name, chains in candidates.items()}
     chains = candidates[max(likelihood, key=lambda name: likelihood[name])]
     odds = Odds(np.bincount(sides.given.cpu().numpy(), minlength=answers.n), answers.another)
@@ -166,6 +163,15 @@ def fit_labels(
         odds,
         answers,
     )
+
+
+def _candidates(sides: _Sides, another: int) -> dict[str, _Chains]:
+    """Chains by each way to use the training rows."""
+    found = {GIVEN: _as_given(sides, sides.observed != another)}
+    if sides.m:
+        found[ALONE] = _as_given(sides, sides.unknown)
+        found[EXPECTED] = _as_expected(sides, found[ALONE])
+    return found
 
 
 class _Sides:

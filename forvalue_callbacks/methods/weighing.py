@@ -173,22 +173,28 @@ class Weighing:
             self.evidence,
             len(self.clean["fold"]),
             by_kind,
-            share_error=float(
-                min(1.0, error * sure / INTERVAL) * rest
-            ),  # its interval holds 0 where no row is dropped
+            share_error=float(min(1.0, error * sure / INTERVAL) * rest),  # 0 is in its interval where no row goes
             n_unjudged=int((unlike != LIKE).sum() - (ruled & (unlike != LIKE)).sum()),
             n_unlike=int((odd & (unlike == LIKE) & ~ruled).sum()),
             differences=(*self.comparison.differences, *self._other_forms(share)),
             validation=self._of_validation(useful),
         )
-        judgements = Judgements.none(self.found.n)
-        judgements.probability = np.where(judged | ruled, 1 / (1 + np.exp(np.clip(values, -500, 500))), np.nan)
         weighted = log_p + np.log(np.maximum(share, 0.5 / max(1, len(log_p))))
         kinds = np.where(self.noisy, weighted, -np.inf)[:, 1:].argmax(1)
         noisy = judged & (values < 0)
+        judgements = self._judgements(np.where(ruled, rule, 0), kinds, noisy, unlike, odd)
+        judgements.probability = np.where(judged | ruled, 1 / (1 + np.exp(np.clip(values, -500, 500))), np.nan)
+        return values, noise, judgements
+
+    def _judgements(
+        self, rule: np.ndarray, kinds: np.ndarray, noisy: np.ndarray, unlike: np.ndarray, odd: np.ndarray
+    ) -> Judgements:
+        """What is said of each row: the rule that it is judged by (0: none), else its kind (0 to K - 1) where it is
+        noisy, else why it is not judged."""
+        judgements, names = Judgements.none(self.found.n), [None, *RULES]
         why = self._why(kinds, noisy)
         for i in range(self.found.n):
-            if ruled[i]:
+            if rule[i]:
                 judgements.kind[i] = names[rule[i]]
                 judgements.why[i] = f"a plain rule: {names[rule[i]]}"
             elif noisy[i]:
@@ -197,7 +203,7 @@ class Weighing:
                 judgements.why[i] = WHY[int(unlike[i])]
             elif odd[i]:
                 judgements.why[i] = UNKNOWN
-        return values, noise, judgements
+        return judgements
 
     def _of_validation(self, useful: Sequence[int]) -> ValidationNoise:
         """Validation rows that look like noise themselves, by what was learned from the others."""
