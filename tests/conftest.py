@@ -7,6 +7,12 @@ import pytest
 from helpers.models import build_model
 
 
+@pytest.fixture(autouse=True)
+def _no_precision_of_another_test(monkeypatch):
+    """TrainingArguments(bf16=True) writes it into the environment, where the next arguments read it."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
 @pytest.fixture
 def model():
     return build_model()

@@ -100,7 +100,13 @@ def test_two_nodes_of_two_processes_find_what_one_process_does(name, nodes, tmp_
     same(first["value"], one["value"], 1e-2 if name in FITTED else 1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, errors) in SCENARIOS.items() if errors])
+# An older accelerate reads a stream in shards as it reads any other: the processes take turns.
+OF_NEWEST = {"a_callback_on_a_stream_in_shards": pytest.mark.newest}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=OF_NEWEST.get(n, ())) for n, (_, errors) in SCENARIOS.items() if errors]
+)
 def test_both_ranks_say_what_is_wrong(name, two):
     for rank, expected in enumerate(SCENARIOS[name][1]):
         said = two[rank][name]["error"]
