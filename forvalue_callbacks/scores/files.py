@@ -134,18 +134,16 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
         ValueError: it cannot be, as a file tried out there shows.
     """
     folder = Path(folder)
-    for tries_left in reversed(range(TRIES)):
+    for _ in range(TRIES):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError as error:
-            if tries_left and not os.path.lexists(folder):  # another process may have removed it since
-                continue
-            raise ValueError(
-                f"nothing can be written to the folder {folder} ({error.strerror}): choose another."
-            ) from error
-    raise AssertionError("the last try returns or raises")
+            failed = error
+            if os.path.lexists(folder):  # else another process may have removed it since
+                break
+    raise ValueError(f"nothing can be written to the folder {folder} ({failed.strerror}): choose another.") from failed
 
 
 def hold_folder(folder: str | os.PathLike[str], lock_name: str) -> tuple[Path, int | None]:
